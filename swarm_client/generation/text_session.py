@@ -1,0 +1,114 @@
+"""What a chat site needs of a distributed model, in text and token ids; nobody here needs to know torch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message of a conversation; `role` is `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next tokens are chosen. `temperature` 0 or `do_sample` False mean greedy; None means not applied."""
+
+    max_new_tokens: int
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_at_eos: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """A piece of an answer: `text` never ends inside a character and never holds the beginning of a stop string.
+
+    `token_ids` are the tokens behind it, which may be none or several. `finish_reason` is set on the last delta only.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+class TextSession(Protocol):
+    """One inference session seen as text. Blocking; used by one thread at a time, except `cancel`.
+
+    `token_ids` holds everything that was appended or generated, in order. The node caches all of it but the pending
+    tail; `rewind` drops the rest without a prefill.
+    """
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """All tokens of the session."""
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that the session can hold."""
+
+    def append_text(self, text: str, *, add_special_tokens: bool | None = None) -> int:
+        """Tokenize `text` behind what is there; return the number of tokens.
+
+        `add_special_tokens` None adds them only when the session is still empty.
+        Raises MaxLengthError if the session would be too long, and then appends nothing.
+        """
+
+    def set_messages(self, messages: Sequence[ChatMessage]) -> int:
+        """Make the session hold the chat prompt of `messages`, ready for the assistant's turn.
+
+        Keeps the longest prefix of tokens that agrees with what is there. Returns the number of kept tokens.
+        Raises MaxLengthError if the prompt leaves no room, InvalidRequestError if the template refuses the messages.
+        """
+
+    def replace_tail(self, num_tokens: int, token_ids: Sequence[int]) -> None:
+        """Drop the last `num_tokens` tokens and put `token_ids` in their place."""
+
+    def generate(self, params: SamplingParams) -> Iterator[TextDelta]:
+        """Yield the continuation piece by piece; the session afterwards ends with the last generated token.
+
+        Closing the iterator cancels. Raises MaxLengthError before the first token if `max_new_tokens` cannot fit,
+        SwarmError with a retryable code when a node is lost.
+        """
+
+    def cancel(self) -> None:
+        """End a running `generate` within one step, with finish_reason `cancelled`. Any thread."""
+
+    def close(self) -> None:
+        """Free the caches at the nodes. Idempotent."""
+
+
+class TextModel(Protocol):
+    """A distributed model with its tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """The name under which the swarm knows the model."""
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that a session of this model can be opened for."""
+
+    @property
+    def stop_token(self) -> str | None:
+        """The text of the token that ends an assistant's turn; None if the model has none."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, without special tokens."""
+
+    def open_session(self, max_length: int) -> TextSession:
+        """Return an empty session for up to `max_length` tokens. Raises SwarmError when the swarm cannot hold it."""
+
+    def missing_blocks(self) -> Sequence[str]:
+        """Return the runs of blocks that no node serves now, as people read them; empty when one can generate."""
