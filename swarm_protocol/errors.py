@@ -184,6 +184,7 @@ class MissingBlocksError(RouteError):
     """Some blocks of the model have no online node."""
 
     code, retryable = "missing_blocks", True
+    missing: tuple[Span, ...] = ()
 
     def __init__(self, model: str, missing: Sequence[Span]) -> None:
         blocks = ", ".join(describe_blocks(span) for span in missing)

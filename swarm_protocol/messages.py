@@ -1,0 +1,261 @@
+"""Pure: every message that travels between peers, as typed data.
+
+A session lives on one stream per hop, opened under `SESSION_PROTOCOL`:
+
+    OpenSession → SessionOpened          reserve KV cache, agree on the version
+    Step → StepReply | ErrorReply        prefill and decode; a lower position rolls back, `row_order` permutes the rows
+    ResumeSession → SessionResumed       on a new stream after the old one dropped
+    CloseSession → SessionClosed         free the cache
+
+Work without a session, a span run forward over whole sequences, goes over streams under `COMPUTE_PROTOCOL`:
+
+    Forward → ForwardReply | ErrorReply
+
+`Ping → Pong` is answered on both. Fields are checked against the ranges written here when a message is decoded
+(`wire.py`); what depends on the receiver (the span it serves, its free cache) is checked by the receiver.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
+
+from swarm_protocol.errors import InvalidTensorError, SwarmError
+from swarm_protocol.ids import ID_BYTES, PeerId
+from swarm_protocol.spans import Span
+from swarm_protocol.transport.base import Buffer
+
+PROTOCOL_VERSIONS = (1,)
+"""What this side speaks, newest first; agreed on in `OpenSession`."""
+
+SESSION_PROTOCOL = "/umbel/session/1"
+COMPUTE_PROTOCOL = "/umbel/compute/1"
+
+MAX_BATCH_ROWS = 256
+MAX_SESSION_TOKENS = 1 << 20
+"""Bounds of what can be asked for at all; nodes have lower ones of their own."""
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
+"""The dtypes that travel, by torch's name, and their bytes per value."""
+
+MAX_DIMENSIONS = 4
+
+Id = Annotated[bytes, Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
+StepId = Annotated[int, Meta(ge=1, le=(1 << 62))]
+LastStepId = Annotated[int, Meta(ge=0, le=(1 << 62))]
+Position = Annotated[int, Meta(ge=0, le=MAX_SESSION_TOKENS)]
+NumTokens = Annotated[int, Meta(ge=1, le=MAX_SESSION_TOKENS)]
+NumRows = Annotated[int, Meta(ge=1, le=MAX_BATCH_ROWS)]
+Block = Annotated[int, Meta(ge=0, le=65535)]
+Seconds = Annotated[float, Meta(ge=0)]
+ShortText = Annotated[str, Meta(max_length=160)]
+Versions = Annotated[tuple[Annotated[int, Meta(ge=1, le=65535)], ...], Meta(min_length=1, max_length=16)]
+RowOrder = Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_BATCH_ROWS)], ...], Meta(max_length=MAX_BATCH_ROWS)]
+
+
+@dataclass(frozen=True, slots=True)
+class WireTensor:
+    """A tensor as it travels: row-major little-endian values; `dtype` is a key of `DTYPE_BYTES`.
+
+    Raises InvalidTensorError if the bytes are not as many as shape and dtype say.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Buffer
+
+    def __post_init__(self) -> None:
+        needed, found = tensor_bytes(self.dtype, self.shape), memoryview(self.data).nbytes
+        if found != needed:
+            raise InvalidTensorError(f"{self.dtype} of shape {self.shape} takes {needed} bytes, not {found}")
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes that a tensor takes on the wire. Raises InvalidTensorError if it cannot travel."""
+    size = DTYPE_BYTES.get(dtype)
+    if size is None:
+        raise InvalidTensorError(f"dtype {dtype[:20]!r} does not travel; use one of {', '.join(DTYPE_BYTES)}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise InvalidTensorError(f"a tensor has at most {MAX_DIMENSIONS} dimensions, not {len(shape)}")
+    for length in shape:
+        if not 0 <= length < 1 << 31:
+            raise InvalidTensorError("a dimension is 0 to 2^31 - 1")
+        size *= length
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession:
+    """Ask for a session over blocks `[start_block, end_block)` for `batch_size` rows of up to `max_tokens` tokens.
+
+    `upstream` and `downstream` name the peers whose steps come in and to whom the outputs go; None is the sender.
+    """
+
+    kind: ClassVar[int] = 1
+    session_id: Id
+    versions: Versions
+    model: ShortText
+    revision: ShortText
+    start_block: Block
+    end_block: Block
+    batch_size: NumRows
+    max_tokens: NumTokens
+    upstream: ShortText | None = None
+    downstream: ShortText | None = None
+
+    @property
+    def span(self) -> Span:
+        """The blocks asked for. Raises ValueError if there are none."""
+        return Span(self.start_block, self.end_block)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened:
+    """The cache is reserved. A dropped stream can be resumed with `resume_token` for `resume_grace_s` seconds."""
+
+    kind: ClassVar[int] = 2
+    version: Annotated[int, Meta(ge=1, le=65535)]
+    resume_token: Id
+    resume_grace_s: Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeSession:
+    """Take up a session whose stream dropped; `last_step_id` is the last step whose reply arrived, 0 for none."""
+
+    kind: ClassVar[int] = 3
+    session_id: Id
+    resume_token: Id
+    last_step_id: LastStepId
+
+
+@dataclass(frozen=True, slots=True)
+class SessionResumed:
+    """The session goes on; `last_step_id` is the last step that arrived. Missing replies follow by themselves."""
+
+    kind: ClassVar[int] = 4
+    last_step_id: LastStepId
+    position: Position
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Run `hidden_states` (batch, seq, hidden) through the session's blocks at `position`.
+
+    A position below the cached tokens rolls back to it first. `row_order`, if given, permutes the rows of the cache
+    before that: row i continues what row `row_order[i]` was. With seq 0 nothing else happens.
+    """
+
+    kind: ClassVar[int] = 5
+    step_id: StepId
+    position: Position
+    hidden_states: WireTensor
+    row_order: RowOrder | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepReply:
+    """The output (batch, seq, hidden) of a step, and how long it waited and was computed at this node."""
+
+    kind: ClassVar[int] = 6
+    step_id: StepId
+    hidden_states: WireTensor
+    queue_s: Seconds = 0.0
+    compute_s: Seconds = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSession:
+    """End the session of this stream and free its cache."""
+
+    kind: ClassVar[int] = 8
+
+
+@dataclass(frozen=True, slots=True)
+class SessionClosed:
+    """The cache is free again."""
+
+    kind: ClassVar[int] = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Run `hidden_states` (batch, seq, hidden) through blocks `[start_block, end_block)` without any cache."""
+
+    kind: ClassVar[int] = 20
+    request_id: StepId
+    model: ShortText
+    revision: ShortText
+    start_block: Block
+    end_block: Block
+    hidden_states: WireTensor
+
+    @property
+    def span(self) -> Span:
+        """The blocks asked for. Raises ValueError if there are none."""
+        return Span(self.start_block, self.end_block)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardReply:
+    """The output (batch, seq, hidden) of the Forward with the same id."""
+
+    kind: ClassVar[int] = 21
+    request_id: StepId
+    hidden_states: WireTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Ask for a sign of life."""
+
+    kind: ClassVar[int] = 30
+    nonce: LastStepId
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Answer a Ping with the same nonce."""
+
+    kind: ClassVar[int] = 31
+    nonce: LastStepId
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReply:
+    """Say that the request, or the step or forward with id `step_id`, failed; `code` as in `errors.py`."""
+
+    kind: ClassVar[int] = 40
+    code: Annotated[str, Meta(max_length=64)]
+    message: Annotated[str, Meta(max_length=1000)]
+    retryable: bool
+    step_id: StepId | None = None
+
+
+Message = (
+    OpenSession
+    | SessionOpened
+    | ResumeSession
+    | SessionResumed
+    | Step
+    | StepReply
+    | CloseSession
+    | SessionClosed
+    | Forward
+    | ForwardReply
+    | Ping
+    | Pong
+    | ErrorReply
+)
+
+MESSAGE_TYPES: tuple[type[Message], ...] = Message.__args__
+
+
+def error_reply(error: SwarmError, step_id: int | None = None) -> ErrorReply:
+    """Return the message that carries `error` to the other side."""
+    return ErrorReply(error.code[:64], str(error)[:1000], error.retryable, step_id)
+
+
+def downstream_peer(message: OpenSession, sender: PeerId) -> PeerId:
+    """Return the peer that outputs of the session go to."""
+    return PeerId(message.downstream) if message.downstream is not None else sender

@@ -1,0 +1,102 @@
+"""Pure: what a node says of itself in the directory, and the envelope that makes it its own.
+
+A record is signed by the key behind the peer id, so that it verifies alone (DESIGN D7). It lives under
+
+    umbel/1/<model name>/<bucket>     subkey: the peer id     value: msgpack [payload, signature]
+
+where a bucket holds the nodes whose span starts in the same `BUCKET_BLOCKS` blocks: a client of an 80-block model reads
+ten keys, and no key grows with the whole swarm.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from swarm_protocol.errors import InvalidRecordError
+from swarm_protocol.ids import PeerId, is_model_name
+from swarm_protocol.messages import Block, ShortText, Versions
+from swarm_protocol.spans import Span
+
+MAX_RECORD_BYTES = 2000
+BUCKET_BLOCKS = 8
+RECORD_LIFETIME_S = 30.0
+REFRESH_PERIOD_S = 10.0
+"""A killed node is gone after 30 s; two lost refreshes do not take a living one away (DESIGN D7)."""
+
+NodeState = Literal["joining", "online", "draining", "offline"]
+Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """One node's own words. `incarnation` grows with every start of the node; times are seconds since the epoch.
+
+    `numerics` is equal for two nodes exactly if their KV caches are interchangeable (DESIGN D11).
+    """
+
+    peer_id: ShortText
+    model: ShortText
+    revision: ShortText
+    start_block: Block
+    end_block: Block
+    state: NodeState
+    incarnation: Count
+    published_s: Annotated[float, Meta(ge=0)]
+    expires_at_s: Annotated[float, Meta(ge=0)]
+    versions: Versions
+    software: ShortText
+    dtype: ShortText
+    numerics: ShortText
+    free_tokens: Count
+    max_tokens: Count
+    name: Annotated[str, Meta(max_length=40)] = ""
+
+    def __post_init__(self) -> None:
+        if self.start_block >= self.end_block or not is_model_name(self.model):
+            raise ValueError("a record needs a non-empty span and a model name")
+
+    @property
+    def span(self) -> Span:
+        """The blocks that the node serves."""
+        return Span(self.start_block, self.end_block)
+
+
+def directory_key(model: str, start_block: int) -> str:
+    """Return the directory key for a node of `model` whose span starts at `start_block`."""
+    return f"umbel/1/{model}/{start_block // BUCKET_BLOCKS}"
+
+
+def directory_keys(model: str, num_blocks: int) -> list[str]:
+    """Return every directory key under which nodes of `model` may be found."""
+    return [directory_key(model, block) for block in range(0, num_blocks, BUCKET_BLOCKS)]
+
+
+def seal(record: NodeRecord, sign: Callable[[bytes], bytes]) -> bytes:
+    """Return the directory value of `record`. Raises InvalidRecordError if it would be too large."""
+    payload = msgspec.msgpack.encode(record)
+    value = msgspec.msgpack.encode((payload, sign(payload)))
+    if len(value) > MAX_RECORD_BYTES:
+        raise InvalidRecordError(f"the record takes {len(value)} bytes, at most {MAX_RECORD_BYTES} are allowed")
+    return value
+
+
+def unseal(value: bytes, owner: PeerId, verify: Callable[[PeerId, bytes, bytes], bool], now_s: float) -> NodeRecord:
+    """Return the record that `owner` published as `value`.
+
+    Raises InvalidRecordError if it is too large, malformed, expired, lives longer than allowed, or not `owner`'s.
+    """
+    if len(value) > MAX_RECORD_BYTES:
+        raise InvalidRecordError(f"a record of {len(value)} bytes, at most {MAX_RECORD_BYTES} are allowed")
+    try:
+        payload, signature = msgspec.msgpack.decode(value, type=tuple[bytes, bytes])
+        record = msgspec.msgpack.decode(payload, type=NodeRecord)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise InvalidRecordError(f"not a record: {error}") from None
+    if record.peer_id != owner or not verify(owner, payload, signature):
+        raise InvalidRecordError("the record is not signed by the peer that it speaks of")
+    if not now_s < record.expires_at_s <= now_s + 2 * RECORD_LIFETIME_S:
+        raise InvalidRecordError("the record is expired, or claims to live too long")
+    return record
