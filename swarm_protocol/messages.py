@@ -53,21 +53,33 @@ Versions = Annotated[tuple[Annotated[int, Meta(ge=1, le=65535)], ...], Meta(min_
 RowOrder = Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_BATCH_ROWS)], ...], Meta(max_length=MAX_BATCH_ROWS)]
 
 
-@dataclass(frozen=True, slots=True)
 class WireTensor:
-    """A tensor as it travels: row-major little-endian values; `dtype` is a key of `DTYPE_BYTES`.
+    """A tensor as it travels: row-major little-endian values; `dtype` is a key of `DTYPE_BYTES`. Never changed.
 
-    Raises InvalidTensorError if the bytes are not as many as shape and dtype say.
+    A class of its own kind, not a dataclass, since the codec would read those by itself and its values are not a part
+    of the header. Raises InvalidTensorError if the bytes are not as many as shape and dtype say.
     """
 
-    dtype: str
-    shape: tuple[int, ...]
-    data: Buffer
+    __slots__ = ("data", "dtype", "shape")
 
-    def __post_init__(self) -> None:
-        needed, found = tensor_bytes(self.dtype, self.shape), memoryview(self.data).nbytes
+    def __init__(self, dtype: str, shape: tuple[int, ...], data: Buffer) -> None:
+        needed, found = tensor_bytes(dtype, shape), memoryview(data).nbytes
         if found != needed:
-            raise InvalidTensorError(f"{self.dtype} of shape {self.shape} takes {needed} bytes, not {found}")
+            raise InvalidTensorError(f"{dtype} of shape {shape} takes {needed} bytes, not {found}")
+        self.dtype = dtype
+        self.shape = shape
+        self.data = data
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WireTensor):
+            return NotImplemented
+        return (self.dtype, self.shape, bytes(self.data)) == (other.dtype, other.shape, bytes(other.data))
+
+    def __hash__(self) -> int:
+        return hash((self.dtype, self.shape, bytes(self.data)))
+
+    def __repr__(self) -> str:
+        return f"WireTensor({self.dtype}, {self.shape})"
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:

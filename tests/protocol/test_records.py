@@ -1,0 +1,90 @@
+"""Directory records: only the owner's, in time, and of bounded size."""
+
+import dataclasses
+import hashlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarm_protocol.errors import InvalidRecordError
+from swarm_protocol.ids import PeerId
+from swarm_protocol.records import NodeRecord, directory_key, directory_keys, seal, unseal
+
+NOW_S = 1_000_000.0
+OWNER = PeerId("12D3KooWOwner")
+RECORD = NodeRecord(
+    peer_id=OWNER,
+    model="SmolLM2-135M-Instruct",
+    revision="0123456789abcdef",
+    start_block=0,
+    end_block=15,
+    state="online",
+    incarnation=3,
+    published_s=NOW_S,
+    expires_at_s=NOW_S + 30,
+    versions=(1,),
+    software="umbel 0.1.0",
+    dtype="float32",
+    numerics="0123456789abcdef/float32/cpu",
+    free_tokens=1000,
+    max_tokens=2000,
+    name="a volunteer",
+)
+
+
+def sign_as(peer_id: PeerId, payload: bytes) -> bytes:
+    return hashlib.sha256(peer_id.encode() + payload).digest()
+
+
+def verify(peer_id: PeerId, payload: bytes, signature: bytes) -> bool:
+    return signature == sign_as(peer_id, payload)
+
+
+def sealed(record: NodeRecord, signer: PeerId = OWNER) -> bytes:
+    return seal(record, lambda payload: sign_as(signer, payload))
+
+
+def test_a_record_survives_the_directory() -> None:
+    assert unseal(sealed(RECORD), OWNER, verify, NOW_S) == RECORD
+
+
+@pytest.mark.parametrize(
+    ("value", "owner", "now_s"),
+    [
+        (sealed(RECORD, PeerId("12D3KooWMallory")), OWNER, NOW_S),
+        (sealed(RECORD), PeerId("12D3KooWMallory"), NOW_S),
+        (sealed(RECORD), OWNER, NOW_S + 31),
+        (sealed(dataclasses.replace(RECORD, expires_at_s=NOW_S + 3600)), OWNER, NOW_S),
+        (b"", OWNER, NOW_S),
+        (b"\x92\xc4\x00\xc4\x00", OWNER, NOW_S),
+        (bytes(2001), OWNER, NOW_S),
+    ],
+    ids=["signed by another", "under another's name", "expired", "lives too long", "empty", "no payload", "too large"],
+)
+def test_what_is_not_the_owners_own_word_is_refused(value: bytes, owner: PeerId, now_s: float) -> None:
+    with pytest.raises(InvalidRecordError):
+        unseal(value, owner, verify, now_s)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_give_a_record_or_a_typed_error(value: bytes) -> None:
+    with pytest.raises(InvalidRecordError):
+        unseal(value, OWNER, lambda *_: True, NOW_S)
+
+
+def test_an_oversized_record_is_not_published() -> None:
+    with pytest.raises(InvalidRecordError):
+        sealed(dataclasses.replace(RECORD, numerics="x" * 1900))
+
+
+@pytest.mark.parametrize("fields", [{"end_block": 0}, {"model": ""}, {"model": "a b"}, {"model": "-x"}])
+def test_a_senseless_record_cannot_be_made(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="record needs"):
+        dataclasses.replace(RECORD, **fields)
+
+
+def test_every_start_block_has_a_key_among_those_a_client_reads() -> None:
+    keys = directory_keys("m", 30)
+    assert len(keys) == 4
+    assert {directory_key("m", block) for block in range(30)} == set(keys)
