@@ -1,0 +1,38 @@
+"""Load the blocks that this node serves and say what they cost in memory."""
+
+import logging
+import time
+
+import torch
+
+from server_node.compute.block_runner import BlockRunner
+from swarm_protocol.model.checkpoint import Checkpoint, Progress
+from swarm_protocol.model.parts import load_span
+from swarm_protocol.spans import Span
+
+_log = logging.getLogger(__name__)
+
+
+def load_blocks(
+    checkpoint: Checkpoint,
+    span: Span,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> BlockRunner:
+    """Return a runner of `span` on `device`; `dtype` None is the checkpoint's own.
+
+    Blocks for as long as reading takes; only the compute thread may call it. Raises as `load_span` does.
+    """
+    started_s = time.monotonic()
+    module = load_span(checkpoint, span, dtype=dtype or checkpoint.dtype, device=device, progress=progress)
+    size_bytes = module_bytes(module)
+    taken_s = time.monotonic() - started_s
+    _log.info("loaded %s, %.1f MB in %.1f s blocks=%s", checkpoint.name, size_bytes / 1e6, taken_s, span)
+    return BlockRunner(module)
+
+
+def module_bytes(module: torch.nn.Module) -> int:
+    """Return the size in bytes of a module's weights and buffers."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

@@ -1,0 +1,77 @@
+"""Run the blocks of a span: a step of a session over its KV cache, or a stateless forward."""
+
+from collections.abc import Sequence
+
+import torch
+
+from server_node.compute.kv_cache import KVCache
+from swarm_protocol.errors import BlocksNotServedError, InvalidTensorError, MaxLengthError, PositionError
+from swarm_protocol.model.parts import SpanModule
+from swarm_protocol.spans import Span
+
+
+class BlockRunner:
+    """The blocks of one span on their device. Only the compute thread may use it."""
+
+    def __init__(self, module: SpanModule) -> None:
+        self.module = module.requires_grad_(False)
+
+    @property
+    def span(self) -> Span:
+        return self.module.span
+
+    def new_cache(self, batch_size: int, max_tokens: int, blocks: Span | None = None) -> KVCache:
+        """Return an empty cache for a session. Raises BlocksNotServedError for blocks outside of the span."""
+        return KVCache(self.module, batch_size, max_tokens, blocks)
+
+    def run_step(
+        self,
+        cache: KVCache,
+        hidden_states: torch.Tensor,
+        position: int,
+        blocks: Span,
+        row_order: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Return the hidden states (batch, seq, hidden) after `blocks`, with the cache grown by these tokens.
+
+        A `position` below the cache's rolls it back first; `row_order` then permutes its rows. If the step fails,
+        the tokens before `position` are still there. Raises PositionError, MaxLengthError, InvalidTensorError,
+        BlocksNotServedError, and InvalidRequestError for a bad row order.
+        """
+        self._check(hidden_states, blocks)
+        if blocks != cache.blocks:
+            raise BlocksNotServedError(blocks, cache.blocks)
+        batch_size, num_tokens, _ = hidden_states.shape
+        if batch_size != cache.batch_size:
+            raise InvalidTensorError(f"{batch_size} rows of hidden states, but the session has {cache.batch_size}")
+        if not 0 <= position <= cache.position:
+            raise PositionError(position, cache.position)
+        if position + num_tokens > cache.max_tokens:
+            raise MaxLengthError(position, num_tokens, cache.max_tokens)
+        with torch.inference_mode():
+            cache.rollback(position)
+            if row_order is not None:
+                cache.reorder(row_order)
+            if not num_tokens:
+                return hidden_states
+            return self.module(self._placed(hidden_states), cache=cache, blocks=blocks)  # type: ignore[no-any-return]
+
+    def forward(self, hidden_states: torch.Tensor, blocks: Span) -> torch.Tensor:
+        """Return the hidden states after `blocks` of tokens that start at position 0; nothing is kept.
+
+        Gradients flow to `hidden_states` if it requires them. Raises InvalidTensorError and BlocksNotServedError.
+        """
+        self._check(hidden_states, blocks)
+        return self.module(self._placed(hidden_states), blocks=blocks)  # type: ignore[no-any-return]
+
+    def _check(self, hidden_states: torch.Tensor, blocks: Span) -> None:
+        if not self.span.contains(blocks):
+            raise BlocksNotServedError(blocks, self.span)
+        hidden_size = self.module.config.hidden_size
+        if hidden_states.dim() != 3 or hidden_states.shape[2] != hidden_size:
+            raise InvalidTensorError(f"hidden states are (batch, seq, {hidden_size}), not {tuple(hidden_states.shape)}")
+        if not hidden_states.is_floating_point():
+            raise InvalidTensorError(f"hidden states are floating numbers, not {hidden_states.dtype}")
+
+    def _placed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.to(device=self.module.device, dtype=self.module.dtype)

@@ -1,0 +1,151 @@
+"""One session's keys and values for the blocks that it uses of a span.
+
+transformers calls `update()` once per block and step; the position moves only when the span says that the step is
+through, so a step that failed in the middle left nothing behind. Sliding-window blocks keep all their keys, the mask
+does the window, so a rollback to any position works.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedConfig
+
+from swarm_protocol.errors import BlocksNotServedError, InvalidRequestError, PositionError
+from swarm_protocol.model import families
+from swarm_protocol.model.parts import SpanModule
+from swarm_protocol.spans import Span
+
+# Buffers grow in pages, so that a short session does not hold its maximum: 64 tokens are 2.3 MB for a block of
+# BLOOM-176B in bf16, and few enough for a chat's first message.
+PAGE_TOKENS = 64
+
+
+def kv_bytes_per_token(config: PreTrainedConfig, blocks: Span, dtype: torch.dtype) -> int:
+    """Return the size in bytes of one token's keys and values in all of `blocks`, for one row."""
+    return len(blocks) * families.kv_bytes_per_token(config, dtype)
+
+
+class KVCache(Cache):  # type: ignore[misc]
+    """The cache of a session of `batch_size` rows and at most `max_tokens` tokens each, at the same position.
+
+    Only the compute thread may use it. Buffers are (batch, heads, capacity, head_dim), allocated at the first step.
+    """
+
+    def __init__(self, module: SpanModule, batch_size: int, max_tokens: int, blocks: Span | None = None) -> None:
+        """`blocks` is the part of the module's span that the session uses; None is all of it.
+
+        Raises BlocksNotServedError if the module has not all of them.
+        """
+        super().__init__(layers=[])
+        self.blocks = blocks or module.span
+        if not module.span.contains(self.blocks):
+            raise BlocksNotServedError(self.blocks, module.span)
+        self._batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.position = 0
+        self._keys: list[torch.Tensor | None] = [None] * len(self.blocks)
+        self._values: list[torch.Tensor | None] = [None] * len(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def batch_size(self) -> int:
+        """The number of rows."""
+        return self._batch_size
+
+    @property
+    def size_bytes(self) -> int:
+        """What the buffers take now."""
+        return sum(buffer.nbytes for buffer in (*self._keys, *self._values) if buffer is not None)
+
+    @property
+    def capacity_tokens(self) -> int:
+        """How many tokens fit before the buffers have to grow; 0 before the first step."""
+        return min((0 if keys is None else keys.shape[2] for keys in self._keys), default=0)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a block's new keys and values behind the cached ones; return views of all of them.
+
+        `layer_idx` is the block's index in the model. The views are valid until the next update.
+        """
+        index = layer_idx - self.blocks.start
+        end = self.position + key_states.shape[2]
+        keys, values = self._keys[index], self._values[index]
+        if keys is None or values is None or keys.shape[2] < end:
+            keys = self._keys[index] = self._grown(keys, key_states, end)
+            values = self._values[index] = self._grown(values, value_states, end)
+        keys[:, :, self.position : end] = key_states
+        values[:, :, self.position : end] = value_states
+        return keys[:, :, :end], values[:, :, :end]
+
+    def _grown(self, buffer: torch.Tensor | None, states: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        # Half as much again each time: what is copied stays a constant share of what is written.
+        wanted = max(num_tokens, self.position + self.position // 2)
+        capacity = min(-(-wanted // PAGE_TOKENS) * PAGE_TOKENS, max(self.max_tokens, num_tokens))
+        batch_size, num_heads, _, head_dim = states.shape
+        grown = states.new_empty(batch_size, num_heads, capacity, head_dim)
+        if buffer is not None and self.position:
+            grown[:, :, : self.position] = buffer[:, :, : self.position]
+        return grown
+
+    def advance(self, num_tokens: int) -> None:
+        """Count the tokens of a step that is through."""
+        self.position += num_tokens
+
+    def rollback(self, position: int) -> None:
+        """Forget the tokens from `position` on. Raises PositionError if that many are not cached."""
+        if not 0 <= position <= self.position:
+            raise PositionError(position, self.position)
+        self.position = position
+
+    def reorder(self, row_order: Sequence[int]) -> None:
+        """Make row `i` a copy of what was row `row_order[i]`, as beam search does.
+
+        Raises InvalidRequestError unless there is one valid row index for each row.
+        """
+        if len(row_order) != self.batch_size or not all(0 <= row < self.batch_size for row in row_order):
+            raise InvalidRequestError(f"a row order is {self.batch_size} indices below {self.batch_size}")
+        if list(row_order) == list(range(self.batch_size)):
+            return
+        for buffers in (self._keys, self._values):
+            for index, buffer in enumerate(buffers):
+                if buffer is not None:
+                    buffers[index] = buffer.index_select(0, torch.tensor(row_order, device=buffer.device))
+
+    # What transformers asks of a cache. All blocks hold the same tokens, so the index never matters.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.position
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.position
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.position + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.max_tokens
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.blocks)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self.blocks)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * len(self.blocks)

@@ -1,0 +1,130 @@
+"""Read a GGUF file: configuration, tokenizer, and single tensors, dequantized when they are asked for.
+
+Names, layouts and tokenizers are translated by transformers' own tables, so a family that it reads from GGUF is read
+here, too; unlike its loader, only the wanted tensors are touched.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    load_gguf_checkpoint,
+)
+
+from swarm_protocol.errors import CheckpointError
+from swarm_protocol.model.safetensors_files import StoredTensor, samples
+
+_PLAIN_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class GgufCheckpoint:
+    """One GGUF file. The file is mapped while tensors are read; each is dequantized to float32 alone."""
+
+    path: Path
+    name: str
+    revision: str
+    config: PreTrainedConfig
+    architecture: str
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the matrices where they are plain 16-bit, else float32: that is what dequantizing gives."""
+        kinds = {tensor.tensor_type.name for tensor in self._reader.tensors if len(tensor.shape) > 1}
+        return _PLAIN_DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer with its chat template. Raises CheckpointError if transformers cannot convert it."""
+        try:
+            return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
+        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+            raise CheckpointError(f"the tokenizer of {self.path.name} cannot be converted: {error}") from error
+
+    def generation_config(self) -> GenerationConfig:
+        return GenerationConfig.from_model_config(self.config)
+
+    def weights(self, model: PreTrainedModel) -> Mapping[str, StoredTensor]:
+        processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=self.config.to_dict())
+        try:
+            names = get_gguf_hf_weights_map(model, processor)
+        except NotImplementedError as error:
+            raise CheckpointError(f"{self.path.name}: the tensor names of its architecture are unknown") from error
+        pieces: dict[str, list[Any]] = defaultdict(list)
+        for tensor in self._reader.tensors:
+            # Merged experts are listed without the suffix that the file has.
+            target = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
+            if target is not None:
+                pieces[target].append(tensor)
+        return {target: StoredTensor(_reading(processor, names, target, parts)) for target, parts in pieces.items()}
+
+    def conversions(self, model: PreTrainedModel) -> list[Any]:
+        return []
+
+    @cached_property
+    def _reader(self) -> gguf.GGUFReader:
+        return gguf.GGUFReader(self.path)
+
+
+def _reading(processor: Any, names: dict[str, str], target: str, parts: list[Any]) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
+        # Processors of merged experts put what they make here, two files' tensors into one.
+        made: dict[str, Any] = {"tensors": {}, "config": processor.config}
+        for part in parts:
+            array = gguf.dequantize(part.data, part.tensor_type)
+            result = processor.process(weights=array, name=part.name, tensor_key_mapping=names, parsed_parameters=made)
+            if result.name is not None:
+                made["tensors"][target] = torch.from_numpy(result.weights.copy())
+        if target not in made["tensors"]:
+            raise CheckpointError(f"the GGUF tensor {parts[0].name} cannot be turned into {target}")
+        return made["tensors"][target]  # type: ignore[no-any-return]
+
+    return read
+
+
+def open_gguf(path: Path, clean_name: Callable[[str], str]) -> GgufCheckpoint:
+    """Return the checkpoint in a GGUF file. Raises CheckpointError for a missing, damaged or unknown one."""
+    if not path.is_file():
+        raise CheckpointError(f"no such GGUF file: {path}")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path.name} is not a GGUF file")
+    digest = hashlib.sha256(str(path.stat().st_size).encode())
+    for piece in samples(path, count=256):
+        digest.update(piece)
+    fields = _read_config(path)
+    name = clean_name(str(fields.get("_model_name_or_path") or path.stem))
+    config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    return GgufCheckpoint(path, name, digest.hexdigest()[:16], config, str(fields["model_type"]))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        fields = load_gguf_checkpoint(str(path))["config"]
+    except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path.name} cannot be read as a GGUF file: {error}") from error
+    model_type = fields.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise CheckpointError(f"{path.name} holds the architecture {model_type!r}, which transformers does not know")
+    return dict(fields)

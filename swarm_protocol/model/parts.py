@@ -1,0 +1,236 @@
+"""Cut spans and ends out of transformers' own classes, for any decoder-only family.
+
+A span is the family's base model with the other blocks taken out and its edges made pass-throughs; the client's model
+is the same model with one module in the place of its blocks. The whole model only ever exists on the meta device.
+"""
+
+import threading
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from swarm_protocol.errors import BlocksNotServedError, InvalidRequestError, MaxLengthError
+from swarm_protocol.model.anatomy import (
+    BlocksSlot,
+    build_empty,
+    find_anatomy,
+    keep_blocks_only,
+    probe_block_result,
+    with_blocks,
+    with_modules,
+    with_path,
+    without_edges,
+)
+from swarm_protocol.model.checkpoint import Checkpoint, Progress
+from swarm_protocol.model.tensor_loading import TensorLoader
+from swarm_protocol.spans import Span
+
+
+class SpanCache(Protocol):
+    """What a span asks of the cache besides what transformers does: the position moves once, after the last block."""
+
+    def advance(self, num_tokens: int) -> None: ...
+
+
+def load_span(
+    checkpoint: Checkpoint,
+    span: Span,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> "SpanModule":
+    """Return the blocks of `span` on `device`; no other tensor is read. `progress` counts blocks.
+
+    Raises UnsupportedFamilyError if the family cannot be cut, CheckpointError if tensors are missing or do not fit,
+    and BlocksNotServedError if the model has no such blocks.
+    """
+    if span.end > checkpoint.num_blocks:
+        raise BlocksNotServedError(span, Span(0, checkpoint.num_blocks))
+    model = build_empty(checkpoint.config, dtype)
+    anatomy = find_anatomy(model)
+    weights = TensorLoader(checkpoint, model)
+    keep_blocks_only(model, anatomy, span)
+    for done, block in enumerate(range(span.start, span.end)):
+        weights.load(model, device, block)
+        if progress:
+            progress(done + 1, len(span))
+    weights.finish(model, device)
+    decoder = model.get_submodule(anatomy.decoder)
+    blocks = nn.ModuleList(list(getattr(decoder, anatomy.blocks))[span.start : span.end])
+    setattr(decoder, anatomy.blocks, blocks)
+    probe_block_result(decoder, anatomy, dtype, device)
+    return SpanModule(decoder, anatomy.blocks, span)
+
+
+def build_client_model(
+    checkpoint: Checkpoint, remote_blocks: nn.Module, *, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Return the family's causal language model with `remote_blocks` in the place of its blocks.
+
+    `remote_blocks` is called as `remote_blocks(hidden_states, past_key_values=…, position_ids=…)` with what the
+    family's forward hands to a block (None where it hands nothing) and returns hidden states of the same shape.
+    Padding is not passed on: a 2-D mask ends in the family's forward. Raises as `load_span` does.
+    """
+    model = build_empty(checkpoint.config, dtype)
+    anatomy = find_anatomy(model)
+    weights = TensorLoader(checkpoint, model)
+    decoder = model.get_submodule(anatomy.decoder)
+    first = getattr(decoder, anatomy.blocks)[0]
+    slot = BlocksSlot(remote_blocks, first)
+    setattr(decoder, anatomy.blocks, nn.ModuleList())
+    weights.load(model, device, None)
+    weights.finish(model, device)
+    setattr(decoder, anatomy.blocks, nn.ModuleList([slot]))
+    slot.returns_tuple = probe_block_result(without_edges(decoder, anatomy), anatomy, dtype, device)
+    model.generation_config = checkpoint.generation_config()
+    return model.eval()
+
+
+def load_ends(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> "EndsModule":
+    """Return the embeddings and the head. Raises as `load_span` does."""
+    return EndsModule(build_client_model(checkpoint, nn.Identity(), dtype=dtype, device=device))
+
+
+class SpanModule(nn.Module):
+    """Blocks `span` of a model, in eval mode, without the model's edges."""
+
+    def __init__(self, decoder: nn.Module, blocks_name: str, span: Span) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.span = span
+        self.config: PreTrainedConfig = decoder.config
+        self._blocks_name = blocks_name
+        # A dict hides the views from nn.Module: they share the decoder's modules and own none.
+        self._views: dict[Span, nn.Module] = {}
+        self.eval()
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.span)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The family's own blocks, first one first; whoever replaces a module inside them changes this span."""
+        return getattr(self.decoder, self._blocks_name)  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that hidden states come and go in."""
+        return self.config.dtype  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        cache: "SpanCache | None" = None,
+        blocks: Span | None = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Return the hidden states after `blocks`, or after all; shapes are (batch, seq, hidden).
+
+        With a cache, the tokens follow those that it holds, and its position moves on at the end; without one they
+        start at position 0. `position_ids` and `attention_mask` are for callers that batch sessions of different
+        lengths and are passed on as they are. Raises BlocksNotServedError for blocks outside of this span.
+        """
+        extra: dict[str, Any] = {}
+        if position_ids is not None:
+            extra["position_ids"] = position_ids
+        if attention_mask is not None:
+            extra["attention_mask"] = attention_mask
+        output = self._view(blocks or self.span)(
+            inputs_embeds=hidden_states, past_key_values=cache, use_cache=cache is not None, return_dict=True, **extra
+        )
+        if cache is not None:
+            cache.advance(hidden_states.shape[1])
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def _view(self, blocks: Span) -> nn.Module:
+        view = self._views.get(blocks)
+        if view is None:
+            if not self.span.contains(blocks):
+                raise BlocksNotServedError(blocks, self.span)
+            part = Span(blocks.start - self.span.start, blocks.end - self.span.start)
+            chosen = list(self.blocks)[part.start : part.end]
+            view = self._views[blocks] = with_blocks(self.decoder, self._blocks_name, chosen, part)
+        return view
+
+
+class EndsModule(nn.Module):
+    """A model's embeddings and head, the weights shared with the model that it was made of. Any thread may call it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """`model` is one that `build_client_model` made; it stays usable."""
+        super().__init__()
+        anatomy = find_anatomy(model, num_blocks=1)
+        decoder = model.get_submodule(anatomy.decoder)
+        slot = getattr(decoder, anatomy.blocks)[0]
+        tap = BlocksSlot(_Tap(), slot)
+        tap.returns_tuple = slot.returns_tuple
+        decoder = with_modules(decoder, {anatomy.blocks: nn.ModuleList([tap])})
+        self.model: Any = with_path(model, anatomy.decoder, decoder)
+        self.config: PreTrainedConfig = model.config
+        self._decoder_path = anatomy.decoder
+        self._has_positions = anatomy.positions is not None
+
+    def embed(self, input_ids: torch.Tensor, position: int | torch.Tensor = 0) -> torch.Tensor:
+        """Return the hidden states (batch, seq, hidden) that enter the first block, for ids (batch, seq).
+
+        `position` is that of the first token, or position ids (batch, seq); only learned positions depend on it.
+        Raises MaxLengthError beyond the table of learned positions, InvalidRequestError for unknown ids.
+        """
+        self._check_ids(input_ids)
+        extra = {"position_ids": self._position_ids(input_ids, position)} if self._has_positions else {}
+        _tapped.injected, _tapped.seen = None, None
+        self.model.get_submodule(self._decoder_path)(input_ids=input_ids, use_cache=False, return_dict=True, **extra)
+        seen: torch.Tensor = _tapped.seen
+        _tapped.seen = None
+        return seen
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the logits (batch, seq, vocab) of hidden states (batch, seq, hidden) that left the last block."""
+        _tapped.injected = hidden_states
+        # The family's own forward runs around the tap, since heads scale and cap their logits in it.
+        ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
+        try:
+            return self.model(input_ids=ids, use_cache=False, return_dict=True).logits  # type: ignore[no-any-return]
+        finally:
+            _tapped.injected = _tapped.seen = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The same as `logits`."""
+        return self.logits(hidden_states)
+
+    def _check_ids(self, input_ids: torch.Tensor) -> None:
+        low, high = (int(bound) for bound in torch.aminmax(input_ids)) if input_ids.numel() else (0, 0)
+        rows = self.model.get_input_embeddings().num_embeddings
+        if low < 0 or high >= rows:
+            raise InvalidRequestError(f"token ids are 0 to {rows - 1}, not {low if low < 0 else high}")
+
+    def _position_ids(self, input_ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+        if isinstance(position, int):
+            ids = torch.arange(position, position + input_ids.shape[1], device=input_ids.device)[None]
+        else:
+            ids = position
+        if ids.numel() and int(ids.max()) >= self.config.max_position_embeddings:
+            raise MaxLengthError(int(ids.min()), input_ids.shape[1], self.config.max_position_embeddings)
+        return ids
+
+
+_tapped = threading.local()
+"""What a thread's tap is to return (`injected`) and what it was given (`seen`)."""
+
+
+class _Tap(nn.Module):
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        _tapped.seen = hidden_states
+        injected: torch.Tensor | None = _tapped.injected
+        return hidden_states if injected is None else injected
