@@ -1,0 +1,205 @@
+"""Pure: who may do what at this node, and what it reserves for them.
+
+KV cache is counted in token-blocks, one token in one block: a session over `n` of the span's blocks for `b` rows of `t`
+tokens takes `n * b * t` of them from when it is admitted to when it is released. The ledger performs no I/O; its owner
+releases what it was given, on every way out.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from server_node.config import NodeLimits
+from swarm_protocol.errors import (
+    BlocksNotServedError,
+    CacheFullError,
+    InvalidRequestError,
+    InvalidTensorError,
+    LimitExceededError,
+    NodeDrainingError,
+    RevisionMismatchError,
+    SwarmError,
+    UnsupportedVersionError,
+)
+from swarm_protocol.ids import PeerId
+from swarm_protocol.messages import PROTOCOL_VERSIONS, Forward, OpenSession, Step, WireTensor
+from swarm_protocol.spans import Span
+from swarm_protocol.tensors import check_hidden_states
+
+HIDDEN_DTYPES = frozenset({"float32", "bfloat16", "float16"})
+"""What hidden states may arrive in; they are computed in the node's dtype and go back in the one they came in."""
+
+_BYTES_PER_VALUE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSpan:
+    """What the node serves. `cache_tokens` is its KV cache, in tokens that it can hold in every block of the span."""
+
+    model: str
+    revision: str
+    span: Span
+    hidden_size: int
+    dtype: str
+    cache_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPlan:
+    """What was reserved for a session, and for whom."""
+
+    session_id: bytes
+    peer_id: PeerId
+    version: int
+    blocks: Span
+    batch_size: int
+    max_tokens: int
+
+    @property
+    def token_blocks(self) -> int:
+        """The KV cache that is reserved."""
+        return len(self.blocks) * self.batch_size * self.max_tokens
+
+
+class Admission:
+    """The ledger of one node. Not thread-safe: the event loop owns it."""
+
+    def __init__(self, served: ServedSpan, limits: NodeLimits) -> None:
+        self.served = served
+        self.limits = limits
+        self.is_draining = False
+        self.free_token_blocks = served.cache_tokens * len(served.span)
+        self.num_queued = 0
+        self._sessions: Counter[PeerId] = Counter()
+        self._streams: Counter[PeerId] = Counter()
+        self._queued: Counter[PeerId] = Counter()
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that still fit into every block of the span."""
+        return self.free_token_blocks // len(self.served.span)
+
+    @property
+    def num_sessions(self) -> int:
+        return self._sessions.total()
+
+    @property
+    def num_streams(self) -> int:
+        return self._streams.total()
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Rows times tokens of the largest step that is taken, bounded by what one message may carry."""
+        return max(1, min(self.limits.max_step_tokens, self.limits.max_payload_bytes // self._bytes_of_tokens(1)))
+
+    def payload_bytes(self, plan: SessionPlan | None = None) -> int:
+        """Return the largest payload to let in: of a session never more than the tokens that it reserved."""
+        tokens = self.max_step_tokens
+        return self._bytes_of_tokens(tokens if plan is None else min(tokens, plan.batch_size * plan.max_tokens))
+
+    def admit(self, request: OpenSession, peer_id: PeerId) -> SessionPlan:
+        """Reserve what `request` asks for. Raises SwarmError, and then nothing is reserved."""
+        if self.is_draining:
+            raise NodeDrainingError("this node is leaving and takes no new sessions")
+        versions = set(request.versions) & set(PROTOCOL_VERSIONS)
+        if not versions:
+            raise UnsupportedVersionError(request.versions, PROTOCOL_VERSIONS)
+        for role, peer in (("upstream", request.upstream), ("downstream", request.downstream)):
+            if peer is not None and peer != peer_id:
+                raise InvalidRequestError(f"{role} …{peer[-6:]}: only the peer that opens a session is served so far")
+        blocks = self._checked_blocks(request)
+        if self._sessions[peer_id] >= self.limits.max_sessions_per_peer:
+            raise LimitExceededError(f"this peer has {self._sessions[peer_id]} open sessions, which is the limit")
+        if self.num_sessions >= self.limits.max_sessions:
+            raise LimitExceededError(f"{self.num_sessions} sessions are open here, which is the limit")
+        plan = SessionPlan(request.session_id, peer_id, max(versions), blocks, request.batch_size, request.max_tokens)
+        if plan.token_blocks > self.free_token_blocks:
+            raise CacheFullError(request.batch_size * request.max_tokens, self.free_token_blocks // len(blocks))
+        self.free_token_blocks -= plan.token_blocks
+        self._sessions[peer_id] += 1
+        return plan
+
+    def release(self, plan: SessionPlan) -> None:
+        """Give back what `admit` reserved; once for each plan."""
+        self.free_token_blocks += plan.token_blocks
+        _take_one(self._sessions, plan.peer_id)
+
+    @contextmanager
+    def stream(self, peer_id: PeerId) -> Iterator[None]:
+        """Count a stream of `peer_id` while it is served. Raises LimitExceededError."""
+        if self._streams[peer_id] >= self.limits.max_streams_per_peer or self.num_streams >= self.limits.max_streams:
+            raise LimitExceededError(f"this node serves no more streams now: {self._streams[peer_id]} are this peer's")
+        self._streams[peer_id] += 1
+        try:
+            yield
+        finally:
+            _take_one(self._streams, peer_id)
+
+    def queue(self, peer_id: PeerId) -> None:
+        """Count a step or forward pass that waits or runs. Raises LimitExceededError, NodeDrainingError."""
+        if self.is_draining:
+            raise NodeDrainingError("this node is leaving and begins nothing new")
+        if self._queued[peer_id] >= self.limits.max_queued_per_peer or self.num_queued >= self.limits.max_queued:
+            raise LimitExceededError(f"{self.num_queued} steps wait here, {self._queued[peer_id]} of them this peer's")
+        self._queued[peer_id] += 1
+        self.num_queued += 1
+
+    def unqueue(self, peer_id: PeerId) -> None:
+        """The step or forward pass ended."""
+        _take_one(self._queued, peer_id)
+        self.num_queued -= 1
+
+    def check_forward(self, request: Forward) -> Span:
+        """Return the blocks that `request` is to run through. Raises SwarmError if it cannot be served."""
+        blocks = self._checked_blocks(request)
+        self._check_hidden_states(request.hidden_states, None)
+        if not math.prod(request.hidden_states.shape):
+            raise InvalidTensorError(f"hidden states of shape {request.hidden_states.shape} hold nothing to run")
+        return blocks
+
+    def step_problem(self, step: Step, plan: SessionPlan) -> SwarmError | None:
+        """Return what is wrong with the content of a step, or None."""
+        try:
+            self._check_hidden_states(step.hidden_states, plan.batch_size)
+        except SwarmError as error:
+            return error
+        order = step.row_order
+        if order is not None and (len(order) != plan.batch_size or max(order) >= plan.batch_size):
+            return InvalidRequestError(f"row_order names {plan.batch_size} rows, 0 to {plan.batch_size - 1}")
+        return None
+
+    def _checked_blocks(self, request: OpenSession | Forward) -> Span:
+        served = self.served
+        if request.model != served.model:
+            raise RevisionMismatchError(f"{request.model!r} was asked for, this node serves {served.model!r}")
+        if request.revision != served.revision:
+            raise RevisionMismatchError(
+                f"revision {request.revision!r} of {served.model} was asked for, this node holds {served.revision!r}"
+            )
+        try:
+            blocks = request.span
+        except ValueError as error:
+            raise InvalidRequestError(str(error)) from None
+        if not served.span.contains(blocks):
+            raise BlocksNotServedError(blocks, served.span)
+        return blocks
+
+    def _check_hidden_states(self, tensor: WireTensor, batch_size: int | None) -> None:
+        check_hidden_states(tensor, HIDDEN_DTYPES, batch_size, self.served.hidden_size)
+        num_rows, num_tokens, _ = tensor.shape
+        if num_rows * num_tokens > self.max_step_tokens:
+            raise InvalidRequestError(
+                f"{num_rows} rows of {num_tokens} tokens in one step, at most {self.max_step_tokens} tokens in all are "
+                "taken: send them in parts"
+            )
+
+    def _bytes_of_tokens(self, num_tokens: int) -> int:
+        return num_tokens * self.served.hidden_size * _BYTES_PER_VALUE
+
+
+def _take_one(counter: Counter[PeerId], peer_id: PeerId) -> None:
+    counter[peer_id] -= 1
+    if not counter[peer_id]:
+        del counter[peer_id]

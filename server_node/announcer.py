@@ -1,0 +1,83 @@
+"""Say in the directory who this node is and what it serves, again and again, until it withdraws."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from swarm_protocol.ids import PeerId, short_peer
+from swarm_protocol.records import RECORD_LIFETIME_S, REFRESH_PERIOD_S, NodeRecord, NodeState, directory_key, seal
+from swarm_protocol.transport.base import Transport
+
+logger = logging.getLogger(__name__)
+
+_STORE_TIMEOUT_S = 8.0
+"""For one store: below the refresh period, above a lookup of peers that takes a few round trips of 3 s at worst."""
+
+_FIRST_RETRY_S = 1.0
+
+_LATER_S = 0.01
+"""The directory replaces a value only by one that expires later."""
+
+
+class Announcer:
+    """The node's record. Belongs to the event loop; `run` is to be a task of the owner's."""
+
+    def __init__(self, transport: Transport, sign: Callable[[bytes], bytes], record: NodeRecord) -> None:
+        """`record` says all but its times, the state and the free tokens, which are filled in as it is published."""
+        self._transport = transport
+        self._sign = sign
+        self._record = record
+        self._free_tokens: Callable[[], int] = lambda: 0
+        self._expires_at_s = 0.0
+        self._num_failures = 0
+
+    @property
+    def state(self) -> NodeState:
+        return self._record.state
+
+    def serving(self, max_tokens: int, free_tokens: Callable[[], int]) -> None:
+        """From now on the record names the cache: `max_tokens` in all, and what `free_tokens` says each time."""
+        self._record = replace(self._record, max_tokens=max_tokens)
+        self._free_tokens = free_tokens
+
+    async def announce(self, state: NodeState) -> bool:
+        """Publish the record with a new state; False if the directory did not take it, which `run` tries again."""
+        self._record = replace(self._record, state=state)
+        logger.info("node is %s peer=%s blocks=%s", state, short_peer(self._peer_id), self._record.span)
+        return await self._publish()
+
+    async def run(self) -> None:
+        """Refresh the record until cancelled; after a failure sooner than usual."""
+        while True:
+            retry_s = _FIRST_RETRY_S * 2 ** (self._num_failures - 1) if self._num_failures else REFRESH_PERIOD_S
+            await asyncio.sleep(min(retry_s, REFRESH_PERIOD_S))
+            await self._publish()
+
+    @property
+    def _peer_id(self) -> PeerId:
+        return self._transport.peer_id
+
+    async def _publish(self) -> bool:
+        now_s = self._transport.now_s()
+        # Two stores may be on their way at once: the one that was begun later has to win, so it expires later.
+        self._expires_at_s = max(now_s + RECORD_LIFETIME_S, self._expires_at_s + _LATER_S)
+        record = replace(
+            self._record, published_s=now_s, expires_at_s=self._expires_at_s, free_tokens=self._free_tokens()
+        )
+        key = directory_key(record.model, record.start_block)
+        problem: object = "no peer accepted the record"
+        try:
+            async with asyncio.timeout(_STORE_TIMEOUT_S):
+                is_stored = await self._transport.directory.store(
+                    key, self._peer_id, seal(record, self._sign), record.expires_at_s
+                )
+        except Exception as error:  # a directory passes on whatever happened below it, and a node outlives all of it
+            is_stored, problem = False, repr(error)
+        self._num_failures = 0 if is_stored else self._num_failures + 1
+        if not is_stored:
+            logger.warning(
+                "the directory did not take the record, failure %d in a row: %s peer=%s",
+                self._num_failures, problem, short_peer(self._peer_id),
+            )  # fmt: skip
+        return is_stored

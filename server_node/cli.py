@@ -1,0 +1,289 @@
+"""`umbel-node run` and `umbel-node bootstrap`: the only place of a node that reads arguments and the environment.
+
+What is asked to be shown goes to stdout, logs and progress to stderr. Exit status: 0 after a signal, 2 if the node
+cannot start as it was asked to, 1 if it broke down later.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from server_node.config import ComputeChoice, ModelChoice, NodeConfig
+from swarm_protocol.errors import SwarmError
+from swarm_protocol.spans import Span
+from swarm_protocol.transport.network_config import NetworkConfig
+
+if TYPE_CHECKING:
+    from server_node.node import Online
+    from swarm_protocol.model.checkpoint import Progress
+
+logger = logging.getLogger(__name__)
+
+MAX_NAME_CHARS = 40
+_PROGRESS_PERIOD_S = 5.0
+_EXIT_WAIT_S = 1.0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in `argv`, by default the process's arguments, and return its exit status."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    # Before torch is loaded, which reads it then: threads that wait for work must sleep, not spin. Two spinning ones
+    # per node on two shared cores cost 40 to 60 % of the throughput when several nodes run on one machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    lifecycle = _Lifecycle()
+    start: Callable[[], Awaitable[None]]
+    if arguments.command == "run":
+        config = _node_config(arguments)
+        start = lambda: _run(config, lifecycle)  # noqa: E731
+    else:
+        network = _network_config(arguments)
+        start = lambda: _bootstrap(network, lifecycle)  # noqa: E731
+    status = _status_of(lifecycle, start)
+    _leave_device_thread(status)
+    return status
+
+
+class _Lifecycle:
+    """Whether the command is up, and whether it was asked to stop."""
+
+    def __init__(self) -> None:
+        self.is_up = False
+        self.stop = asyncio.Event()
+
+    async def watch(self, start: Callable[[], Awaitable[None]]) -> None:
+        """Run `start`. The first signal sets `stop`, or cancels what is not up yet; the second ends the process."""
+        task = asyncio.ensure_future(start())
+
+        def on_signal() -> None:
+            if self.stop.is_set():
+                os._exit(1)
+            logger.info("asked to stop; once more, and it is at once")
+            self.stop.set()
+            if not self.is_up:
+                task.cancel()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, on_signal)
+        try:
+            await task
+        except asyncio.CancelledError:
+            if not self.stop.is_set():
+                raise
+
+    def up(self, *lines: str) -> None:
+        """The command does what it was started for: show `lines`."""
+        self.is_up = True
+        for line in lines:
+            print(line, flush=True)  # noqa: T201 - what the commands are documented to show
+
+
+def _status_of(lifecycle: _Lifecycle, start: Callable[[], Awaitable[None]]) -> int:
+    try:
+        asyncio.run(lifecycle.watch(start))
+    except Exception as error:
+        problem = _root_cause(error)
+        if lifecycle.is_up or not isinstance(problem, SwarmError | OSError):
+            logger.error("the node broke down", exc_info=error)
+            _complain(f"{type(problem).__name__}: {problem}")
+            return 1
+        logger.debug("the node could not start", exc_info=error)
+        _complain(str(problem) or type(problem).__name__)
+        return 2
+    return 0
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """Return the first error in the groups that task groups make."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _complain(problem: str) -> None:
+    sys.stderr.write(f"umbel-node: error: {' '.join(problem.split())}\n")
+
+
+def _leave_device_thread(status: int) -> None:
+    """End the process even if the device thread is in the middle of something that was given up."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("device"):
+            thread.join(_EXIT_WAIT_S)
+            if thread.is_alive():
+                logging.shutdown()
+                sys.stdout.flush()
+                os._exit(status)
+
+
+async def _run(config: NodeConfig, lifecycle: _Lifecycle) -> None:
+    # Not at the top: it loads torch, which takes seconds and must not happen before the environment is set.
+    from server_node.node import Observer, run_node
+
+    def on_online(online: "Online") -> None:
+        lines = [f"online: {online.model} blocks {online.span} {online.address}"]
+        if not config.network.initial_peers:
+            lines.append(f"others join with: umbel-node run {config.model.source} --initial-peers {online.address}")
+        lifecycle.up(*lines)
+
+    await run_node(config, lifecycle.stop, Observer(_progress(config.model.source), on_online))
+
+
+async def _bootstrap(network: NetworkConfig, lifecycle: _Lifecycle) -> None:
+    from server_node.node import best_address, joined
+
+    async with joined(network) as (transport, _):
+        address = best_address(transport.addresses)
+        for other in transport.addresses:
+            logger.info("reachable at %s", other)
+        lifecycle.up(address)
+        await lifecycle.stop.wait()
+
+
+def _progress(source: str) -> "Progress":
+    """Return what shows how loading gets on: a bar on a terminal, else a line of the log every few seconds."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        bar: tqdm | None = None
+
+        def show(num_done: int, num_all: int) -> None:
+            nonlocal bar
+            bar = bar or tqdm(total=num_all, desc=f"loading {source}", unit="block", file=sys.stderr)
+            bar.update(num_done - bar.n)
+            if num_done == num_all:
+                bar.close()
+
+        return show
+    shown_s = time.monotonic()
+
+    def tell(num_done: int, num_all: int) -> None:
+        nonlocal shown_s
+        if num_done == num_all or time.monotonic() - shown_s >= _PROGRESS_PERIOD_S:
+            shown_s = time.monotonic()
+            logger.info("loading %s: %d of %d blocks", source, num_done, num_all)
+
+    return tell
+
+
+def _node_config(arguments: argparse.Namespace) -> NodeConfig:
+    return NodeConfig(
+        model=ModelChoice(
+            source=arguments.model,
+            revision=arguments.revision,
+            cache_dir=arguments.cache_dir,
+            blocks=arguments.blocks,
+            num_blocks=arguments.num_blocks,
+        ),
+        compute=ComputeChoice(
+            device=arguments.device,
+            dtype=arguments.dtype,
+            threads=arguments.threads,
+            cache_tokens=arguments.cache_tokens,
+        ),
+        network=_network_config(arguments),
+        name=arguments.name,
+    )
+
+
+def _network_config(arguments: argparse.Namespace) -> NetworkConfig:
+    return NetworkConfig(
+        initial_peers=tuple(arguments.initial_peers),
+        host=arguments.host,
+        port=arguments.port,
+        announce=tuple(arguments.announce),
+        identity_path=arguments.identity,
+        relay=arguments.relay,
+        map_ports=arguments.port_mapping,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="umbel-node", description="Serve blocks of a language model to a swarm.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    run = commands.add_parser("run", help="serve blocks of a model")
+    run.add_argument("model", metavar="MODEL", help="a folder of safetensors, a .gguf file, or a hub repository")
+    span = run.add_mutually_exclusive_group()
+    span.add_argument("--blocks", type=_span, metavar="0:15", help="serve exactly these blocks, the end excluded")
+    span.add_argument(
+        "--num-blocks", type=_positive, metavar="N", help="serve N blocks where fewest are held; default: all that fit"
+    )  # fmt: skip
+    run.add_argument("--revision", help="the hub repository's branch, tag or commit")
+    run.add_argument("--cache-dir", metavar="FOLDER", help="where hub repositories are kept")
+    run.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …; default: cpu")
+    run.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto, the default, is float32 on a CPU and the checkpoint's own elsewhere",
+    )  # fmt: skip
+    run.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; 1 where nodes share a machine")
+    run.add_argument(
+        "--cache-tokens", type=_positive, metavar="N", help="KV cache in tokens; default: half of the free memory"
+    )
+    run.add_argument("--name", default="", type=_name, help=f"shown to people, at most {MAX_NAME_CHARS} characters")
+    bootstrap = commands.add_parser("bootstrap", help="be a first peer that others join at")
+    for command in (run, bootstrap):
+        _add_network_arguments(command)
+    return parser
+
+
+def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--initial-peers", nargs="+", action="extend", default=[], metavar="MADDR",
+        help="peers of the swarm to join; without any, a new swarm is started",
+    )  # fmt: skip
+    parser.add_argument("--host", default="0.0.0.0", metavar="ADDR", help="address to listen on; default: all")  # noqa: S104
+    parser.add_argument("--port", type=_port, default=0, metavar="N", help="port to listen on; default: any free one")
+    parser.add_argument(
+        "--announce", nargs="+", action="extend", default=[], metavar="MADDR", help="addresses to tell others"
+    )
+    parser.add_argument("--identity", metavar="FILE", help="the peer's key, made if missing; default: a new one")
+    parser.add_argument("--no-relay", dest="relay", action="store_false", help="neither use nor be a relay")
+    parser.add_argument(
+        "--no-port-mapping", dest="port_mapping", action="store_false", help="do not ask the router to forward the port"
+    )
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+
+
+def _span(text: str) -> Span:
+    try:
+        return Span.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"a whole number above 0 is needed, not {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"a port is 0 to 65535, not {text!r}")
+    return int(text)
+
+
+def _name(text: str) -> str:
+    if len(text) > MAX_NAME_CHARS or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"at most {MAX_NAME_CHARS} printable characters, not {len(text)}")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

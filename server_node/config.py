@@ -1,0 +1,84 @@
+"""Pure: how a node is set up. `cli.py` builds these from its arguments; nothing else reads argv or the environment."""
+
+from dataclasses import dataclass, field
+
+from swarm_protocol.spans import Span
+from swarm_protocol.transport.network_config import NetworkConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """Which blocks of which model. `blocks` fixes the span; else `num_blocks` are placed where the swarm lacks them.
+
+    With neither, as many blocks as fit into memory are taken. `revision` and `cache_dir` are the hub's; None for its
+    defaults.
+    """
+
+    source: str
+    revision: str | None = None
+    cache_dir: str | None = None
+    blocks: Span | None = None
+    num_blocks: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeChoice:
+    """What the blocks run on.
+
+    `dtype` "auto" is float32 on a CPU, where it is exact and as fast as it gets for a batch, and the checkpoint's own
+    elsewhere. `threads` None leaves torch's choice, one per core; several nodes on one machine should have one each,
+    since their threads take the cores from each other (40 to 60 % of throughput). `cache_tokens` is the KV cache in
+    tokens per block over the whole span; None takes half of the memory that is free once the weights are loaded: the
+    rest is for activations and for whatever else runs on a volunteer's machine.
+    """
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    threads: int | None = None
+    cache_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLimits:
+    """What strangers may use. Every bound of memory and time that a peer can reach is here."""
+
+    max_sessions: int = 512
+    """Open at once; memory is the real limit, this one bounds the bookkeeping."""
+    max_sessions_per_peer: int = 128
+    """One chat site is one peer, with a session per reader."""
+    max_streams_per_peer: int = 160
+    """Its sessions, some that are being resumed, and its forward passes."""
+    max_streams: int = 1024
+    max_step_tokens: int = 4096
+    """Rows times tokens of one step: what the device thread does before the next one gets its turn."""
+    max_payload_bytes: int = 64 * 1024 * 1024
+    """Of one message, whatever `max_step_tokens` says: 1,024 tokens of BLOOM-176B in float32."""
+    max_queued_per_peer: int = 128
+    """Steps and forward passes that wait or run; as many as sessions, since each has one step at a time."""
+    max_queued: int = 512
+    resume_grace_s: float = 60.0
+    """How long a session whose stream dropped keeps its cache (DESIGN D16)."""
+    idle_s: float = 1800.0
+    """A session without a step for so long is closed; a reader of a long answer comes back sooner."""
+    first_message_s: float = 15.0
+    """For a stream to say what it is for."""
+    frame_s: float = 60.0
+    """Between the frames of one message: 2 MiB at 35 kB/s."""
+    send_s: float = 60.0
+    """For one frame to leave; the same."""
+    drain_s: float = 30.0
+    """For running steps to end when the node leaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """Everything that `umbel-node run` was asked for. `name` is shown to people, at most 40 characters of it.
+
+    Without initial peers in `network` the node starts a swarm of its own.
+    """
+
+    model: ModelChoice
+    compute: ComputeChoice = field(default_factory=ComputeChoice)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    limits: NodeLimits = field(default_factory=NodeLimits)
+    name: str = ""

@@ -1,0 +1,270 @@
+"""A node's life: open the model, join the swarm, choose blocks, load them, serve, drain, leave."""
+
+import asyncio
+import importlib.metadata
+import logging
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from server_node.admission import Admission, ServedSpan
+from server_node.announcer import Announcer
+from server_node.compute.worker import ComputeWorker, LoadedSpan, OpenedModel
+from server_node.config import ModelChoice, NodeConfig, NodeLimits
+from server_node.handlers import NodeHandlers
+from server_node.placement import choose_span, num_blocks_that_fit
+from server_node.sessions import SessionTable
+from swarm_protocol.errors import ConfigError, InvalidRecordError
+from swarm_protocol.identity import Identity, load_or_create_identity, verify
+from swarm_protocol.ids import PeerId, short_peer
+from swarm_protocol.messages import COMPUTE_PROTOCOL, PROTOCOL_VERSIONS, SESSION_PROTOCOL
+from swarm_protocol.model.checkpoint import Progress
+from swarm_protocol.records import NodeRecord, directory_keys, unseal
+from swarm_protocol.spans import Span
+from swarm_protocol.tensors import dtype_name
+from swarm_protocol.transport.base import Transport
+from swarm_protocol.transport.network_config import NetworkConfig
+
+logger = logging.getLogger(__name__)
+
+OpenNetwork = Callable[[NetworkConfig], Awaitable[Transport]]
+
+_LOOKUP_TIMEOUT_S = 30.0
+"""To read who serves what: some lookups of a few round trips each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Online:
+    """What a node that serves tells its owner; `address` is a multiaddress to reach it at."""
+
+    model: str
+    span: Span
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Observer:
+    """Whom a node tells how it gets on: `on_loading` on the device thread, `on_online` on the loop, once."""
+
+    on_loading: Progress
+    on_online: Callable[[Online], None]
+
+
+async def open_hivemind(config: NetworkConfig) -> Transport:
+    """Join the real network."""
+    # Not at the top: it takes seconds, and a node on another network needs none of it.
+    from swarm_protocol.transport.hivemind_net import open_transport
+
+    return await open_transport(config)
+
+
+async def run_node(
+    config: NodeConfig, stop: asyncio.Event, observer: Observer, open_network: OpenNetwork = open_hivemind
+) -> None:
+    """Run a node until `stop` is set, then drain it and leave. Cancelling it leaves without draining.
+
+    Raises ConfigError, ModelError, RouteError or OSError if it cannot start.
+    """
+    choice, compute = config.model, config.compute
+    worker = ComputeWorker(num_threads=compute.threads, max_queued=config.limits.max_queued)
+    try:
+        model = await worker.open_model(
+            choice.source,
+            revision=choice.revision,
+            cache_dir=choice.cache_dir,
+            device=compute.device,
+            dtype=compute.dtype,
+        )
+        num_blocks = num_blocks_to_hold(choice, model)
+        async with joined(config.network, open_network) as (transport, identity):
+            span = choice.blocks or choose_span(
+                model.checkpoint.num_blocks, num_blocks, await held_spans(transport, model)
+            )
+            announcer = Announcer(transport, identity.sign, _record(transport, model, span, config.name))
+            async with announced(announcer):
+                served = await _load(config, worker, model, span, _until_stopped(observer.on_loading, stop))
+                online = Online(served.model, span, best_address(transport.addresses))
+                node = Node(transport, announcer, worker, served, config.limits)
+                await node.serve(stop, lambda: observer.on_online(online))
+    finally:
+        worker.close()
+
+
+class Node:
+    """A loaded span on the network."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        announcer: Announcer,
+        worker: ComputeWorker,
+        served: ServedSpan,
+        limits: NodeLimits,
+    ) -> None:
+        self.admission = Admission(served, limits)
+        self.sessions = SessionTable(self.admission, limits.resume_grace_s)
+        self._transport = transport
+        self._announcer = announcer
+        self._worker = worker
+        self._limits = limits
+
+    async def serve(self, stop: asyncio.Event, on_online: Callable[[], None]) -> None:
+        """Serve sessions and forward passes until `stop` is set and what ran by then has ended."""
+        async with asyncio.TaskGroup() as group:
+            handlers = NodeHandlers(self.admission, self.sessions, self._worker, group)
+            await self._transport.serve(SESSION_PROTOCOL, handlers.serve_session)
+            await self._transport.serve(COMPUTE_PROTOCOL, handlers.serve_compute)
+            self._announcer.serving(self.admission.served.cache_tokens, lambda: self.admission.free_tokens)
+            await self._announcer.announce("online")
+            on_online()
+            await stop.wait()
+            self.admission.is_draining = True
+            await self._announcer.announce("draining")
+            await handlers.drain(self._limits.drain_s)
+
+
+@asynccontextmanager
+async def announced(announcer: Announcer) -> AsyncIterator[None]:
+    """Keep the node's record fresh inside, from JOINING on; take it back on the way out."""
+    await announcer.announce("joining")
+    refreshing = asyncio.create_task(announcer.run(), name="announcer")
+    try:
+        yield
+    finally:
+        refreshing.cancel()
+        await asyncio.gather(refreshing, return_exceptions=True)
+        await announcer.announce("offline")
+
+
+@asynccontextmanager
+async def joined(
+    network: NetworkConfig, open_network: OpenNetwork = open_hivemind
+) -> AsyncIterator[tuple[Transport, Identity]]:
+    """Be on the network inside, under the identity of `network`, or one that is gone at the end.
+
+    Raises ConfigError for unusable addresses, ports and key files, PeerUnreachableError if no initial peer answers.
+    """
+    with tempfile.TemporaryDirectory(prefix="umbel-") as folder:
+        path = network.identity_path or str(Path(folder, "identity"))
+        identity = load_or_create_identity(Path(path))
+        transport = await open_network(replace(network, identity_path=path))
+        try:
+            yield transport, identity
+        finally:
+            await transport.close()
+
+
+async def held_spans(transport: Transport, model: OpenedModel) -> list[Span]:
+    """Return the spans that other nodes of the model hold or are about to hold. Raises RouteError, TimeoutError."""
+    keys = directory_keys(model.checkpoint.name, model.checkpoint.num_blocks)
+    async with asyncio.timeout(_LOOKUP_TIMEOUT_S):
+        found = await transport.directory.lookup(keys)
+    held = []
+    for owner, value in ((owner, value) for values in found.values() for owner, value in values.items()):
+        try:
+            record = unseal(value, PeerId(owner), verify, transport.now_s())
+        except InvalidRecordError as error:
+            logger.debug("record passed over: %s peer=%s", error, short_peer(PeerId(owner)))
+            continue
+        is_other = owner != transport.peer_id and record.revision == model.checkpoint.revision
+        if is_other and record.state in ("joining", "online"):
+            held.append(record.span)
+    return held
+
+
+def num_blocks_to_hold(choice: ModelChoice, model: OpenedModel) -> int:
+    """Return how many blocks are to be loaded. Raises ConfigError if the model has not so many or memory is short."""
+    name, in_all = model.checkpoint.name, model.checkpoint.num_blocks
+    if choice.blocks is not None and choice.blocks.end > in_all:
+        raise ConfigError(f"{name} has the blocks 0:{in_all}, not {choice.blocks}")
+    if choice.num_blocks is not None and choice.num_blocks > in_all:
+        raise ConfigError(f"{name} has {in_all} blocks, not {choice.num_blocks}")
+    asked = choice.num_blocks if choice.blocks is None else len(choice.blocks)
+    wanted = num_blocks_that_fit(model.free_bytes, model.block_bytes, in_all) if asked is None else asked
+    if not wanted or wanted * model.block_bytes > model.free_bytes:
+        raise ConfigError(
+            f"{max(1, wanted)} blocks of {name} take {_gb(max(1, wanted) * model.block_bytes)} in "
+            f"{dtype_name(model.dtype)}, but {_gb(model.free_bytes)} are free: serve fewer, or choose a smaller dtype"
+        )
+    return wanted
+
+
+def cache_tokens_to_reserve(asked: int | None, loaded: LoadedSpan) -> int:
+    """Return the KV cache in tokens; by default half of the free memory. Raises ConfigError if it does not fit."""
+    per_token = max(1, loaded.kv_bytes_per_token)
+    tokens = loaded.free_bytes // 2 // per_token if asked is None else asked
+    if not tokens or tokens * per_token > loaded.free_bytes:
+        raise ConfigError(
+            f"a KV cache of {max(1, tokens)} tokens takes {_gb(max(1, tokens) * per_token)}, but "
+            f"{_gb(loaded.free_bytes)} are free: serve fewer blocks, or lower --cache-tokens"
+        )
+    logger.info("KV cache for %d tokens, %s of %s free", tokens, _gb(tokens * per_token), _gb(loaded.free_bytes))
+    return tokens
+
+
+def best_address(addresses: Sequence[str]) -> str:
+    """Return the address to show to others: one that works beyond this machine, where there is one."""
+    if not addresses:
+        raise ConfigError("the network gave this node no address to be reached at: check --host")
+    beyond = [address for address in addresses if not address.startswith(("/ip4/127.", "/ip6/::1/"))]
+    return (beyond or list(addresses))[0]
+
+
+async def _load(
+    config: NodeConfig, worker: ComputeWorker, model: OpenedModel, span: Span, progress: Progress
+) -> ServedSpan:
+    loaded = await worker.load(model, span, config.compute.device, progress)
+    return ServedSpan(
+        model=model.checkpoint.name,
+        revision=model.checkpoint.revision,
+        span=span,
+        hidden_size=loaded.hidden_size,
+        dtype=loaded.dtype,
+        cache_tokens=cache_tokens_to_reserve(config.compute.cache_tokens, loaded),
+    )
+
+
+def _record(transport: Transport, model: OpenedModel, span: Span, name: str) -> NodeRecord:
+    now_s = transport.now_s()
+    dtype = dtype_name(model.dtype)
+    return NodeRecord(
+        peer_id=transport.peer_id,
+        model=model.checkpoint.name,
+        revision=model.checkpoint.revision,
+        start_block=span.start,
+        end_block=span.end,
+        state="joining",
+        incarnation=int(now_s * 1000),
+        published_s=now_s,
+        expires_at_s=now_s,
+        versions=PROTOCOL_VERSIONS,
+        software=f"umbel {_version()}",
+        dtype=dtype,
+        numerics=f"{model.checkpoint.revision}/{dtype}/{model.device_type}",
+        free_tokens=0,
+        max_tokens=0,
+        name=name,
+    )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("umbel")
+    except importlib.metadata.PackageNotFoundError:
+        return "from source"
+
+
+def _until_stopped(progress: Progress, stop: asyncio.Event) -> Progress:
+    def report(num_done: int, num_all: int) -> None:
+        # The device thread cannot be cancelled; between two blocks it can be told that nobody waits any more.
+        if stop.is_set():
+            raise InterruptedError("stopped while loading")
+        progress(num_done, num_all)
+
+    return report
+
+
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"
