@@ -17,7 +17,11 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next tokens are chosen. `temperature` 0 or `do_sample` False mean greedy; None means not applied."""
+    """How the next tokens are chosen. `temperature` 0 or `do_sample` False mean greedy; None means not applied.
+
+    `stop` are strings that end the answer and are not part of it; so does the end-of-turn token with `stop_at_eos`.
+    `skip_special_tokens` False shows the text of special tokens. One seed gives one text; None takes a random one.
+    """
 
     max_new_tokens: int
     do_sample: bool = False
@@ -29,6 +33,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_at_eos: bool = True
+    skip_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,38 @@
+"""What can be set about a client; each field with its unit and the reason of its default."""
+
+from dataclasses import dataclass, field
+
+from swarm_protocol.ids import PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """Settings of one client process.
+
+    initial_peers   multiaddresses of peers that are in the swarm already; one that answers is enough
+    identity_path   file with the key behind this client's peer id; None makes a new id every time
+    host            address to listen on, where hole punching needs it; a client serves nothing
+    relay           whether nodes behind a NAT may be reached through relays
+    startup_s       how long joining the swarm may take (libp2p dials its slowest peers for 5–10 s)
+    open_s          how long opening a session at one node may take
+    step_s          how long one node may take for one step; a long prefill chunk on a slow CPU takes tens of seconds
+    resume_s        how long a dropped stream is tried to be taken up again; nodes keep the cache for 60 s
+    view_age_s      how old the view of the swarm may be when a session is opened; records are refreshed every 10 s
+    avoid_s         how long a node that failed is not chosen again; longer than a record outlives its node
+    route_attempts  how many routes are tried when nodes refuse or cannot be reached
+    step_tokens     most tokens (rows x columns) in one step; longer inputs are cut, so that no frame gets too large
+    """
+
+    initial_peers: tuple[str, ...] = ()
+    identity_path: str | None = None
+    host: str = "0.0.0.0"  # noqa: S104
+    relay: bool = True
+    startup_s: float = 30.0
+    open_s: float = 15.0
+    step_s: float = 120.0
+    resume_s: float = 10.0
+    view_age_s: float = 5.0
+    avoid_s: float = 45.0
+    route_attempts: int = 3
+    step_tokens: int = 512
+    blocked_peers: frozenset[PeerId] = field(default_factory=frozenset)

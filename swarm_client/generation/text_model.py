@@ -1,0 +1,177 @@
+"""A distributed model as text: what the chat site uses."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from swarm_client.generation.prompt_format import chat_stop, chat_token_ids, common_prefix
+from swarm_client.generation.sampling import TokenChooser
+from swarm_client.generation.stream import stream_text
+from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta
+from swarm_client.inference_session import InferenceSession
+from swarm_client.remote_blocks import RemoteBlocks
+from swarm_protocol.errors import CancelledStepError, InvalidRequestError, MaxLengthError
+from swarm_protocol.model.checkpoint import Checkpoint
+from swarm_protocol.model.parts import EndsModule
+from swarm_protocol.spans import describe_blocks
+
+DEFAULT_MAX_LENGTH = 2048
+"""For models whose config names no limit, such as BLOOM: it was trained on 2,048 tokens (arXiv:2211.05100)."""
+
+
+class DistributedTextModel:
+    """Fulfils `TextModel`. Any thread may call it; sessions belong to one thread each."""
+
+    def __init__(self, checkpoint: Checkpoint, ends: EndsModule, blocks: RemoteBlocks) -> None:
+        self._tokenizer: Any = checkpoint.tokenizer()
+        self._ends = ends
+        self._blocks = blocks
+        self._end_tokens = _end_tokens(checkpoint, self._tokenizer)
+        self.name = checkpoint.name
+        limit = getattr(checkpoint.config, "max_position_embeddings", None)
+        self.max_length = int(limit or DEFAULT_MAX_LENGTH)
+        self._encode_lock = threading.Lock()
+
+    @property
+    def stop_token(self) -> str | None:
+        """The text of the token that ends an assistant's turn; None if the model has none."""
+        token: str | None = self._tokenizer.eos_token
+        return token
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Return the token ids of `text`."""
+        with self._encode_lock:  # a fast tokenizer refuses to be used by two threads at once ("Already borrowed")
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def chat_token_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Return the chat prompt of `messages`. Raises InvalidRequestError."""
+        with self._encode_lock:
+            return chat_token_ids(self._tokenizer, messages)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Return the text of `token_ids`, spaces as they are."""
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def open_session(self, max_length: int) -> "DistributedTextSession":
+        """Return an empty session for up to `max_length` tokens; the caches are reserved when it first generates.
+
+        Raises MaxLengthError if the model cannot hold so many.
+        """
+        if not 1 <= max_length <= self.max_length:
+            raise MaxLengthError(0, max_length, self.max_length)
+        return DistributedTextSession(self, self._ends, self._blocks.session(max_length), self._end_tokens)
+
+    def missing_blocks(self) -> Sequence[str]:
+        """Return the runs of blocks that no node serves now, as people read them."""
+        return [describe_blocks(span) for span in self._blocks.swarm.missing_blocks(self._blocks.model)]
+
+    @property
+    def turn_stop(self) -> tuple[str, ...]:
+        """The strings that end an assistant's turn besides its end token."""
+        return chat_stop(self._tokenizer)
+
+
+class DistributedTextSession:
+    """Fulfils `TextSession`. `token_ids[:position]` is cached at the nodes; at least the last one never needs to be."""
+
+    def __init__(
+        self, model: DistributedTextModel, ends: EndsModule, session: InferenceSession, end_tokens: frozenset[int]
+    ) -> None:
+        self._model = model
+        self._ends = ends
+        self._session = session
+        self._end_tokens = end_tokens
+        self._token_ids: list[int] = []
+        self._turn_stop: tuple[str, ...] = ()
+        self._cancelled = threading.Event()
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """All tokens of the session."""
+        return tuple(self._token_ids)
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that the session can hold."""
+        return self._session.max_length
+
+    def append_text(self, text: str, *, add_special_tokens: bool | None = None) -> int:
+        """Tokenize `text` behind what is there; see `TextSession`."""
+        is_first = not self._token_ids
+        ids = self._model.encode(
+            text, add_special_tokens=is_first if add_special_tokens is None else add_special_tokens
+        )
+        if len(self._token_ids) + len(ids) > self.max_length:
+            raise MaxLengthError(len(self._token_ids), len(ids), self.max_length)
+        self._turn_stop = ()
+        self._token_ids += ids
+        return len(ids)
+
+    def set_messages(self, messages: Sequence[ChatMessage]) -> int:
+        """Make the session hold the chat prompt of `messages`; see `TextSession`."""
+        ids = self._model.chat_token_ids(messages)
+        if len(ids) >= self.max_length:
+            raise MaxLengthError(len(ids), 1, self.max_length)
+        kept = min(common_prefix(self._token_ids, ids), len(ids) - 1, self._session.position)
+        self._session.position = kept
+        self._token_ids = ids
+        self._turn_stop = self._model.turn_stop
+        return kept
+
+    def replace_tail(self, num_tokens: int, token_ids: Sequence[int]) -> None:
+        """Drop the last `num_tokens` tokens and put `token_ids` in their place; see `TextSession`."""
+        kept = max(0, len(self._token_ids) - num_tokens)
+        if kept + len(token_ids) > self.max_length:
+            raise MaxLengthError(kept, len(token_ids), self.max_length)
+        self._session.position = min(self._session.position, kept)
+        self._token_ids = self._token_ids[:kept] + list(token_ids)
+
+    def generate(self, params: SamplingParams) -> Iterator[TextDelta]:
+        """Yield the continuation piece by piece; see `TextSession`."""
+        if not self._token_ids:
+            raise InvalidRequestError("the session is empty: there is nothing to continue")
+        if len(self._token_ids) + params.max_new_tokens > self.max_length:
+            raise MaxLengthError(len(self._token_ids), params.max_new_tokens, self.max_length)
+        self._cancelled.clear()
+        chooser = TokenChooser(params)
+        return stream_text(
+            replace(params, stop=params.stop + self._turn_stop),
+            lambda: self._next_token(chooser),
+            lambda ids: self._model.decode(ids, skip_special_tokens=params.skip_special_tokens),
+            self._token_ids,
+            self._end_tokens,
+        )
+
+    def cancel(self) -> None:
+        """End a running `generate` now. Any thread."""
+        self._cancelled.set()
+        self._session.cancel()
+
+    def close(self) -> None:
+        """Free the caches at the nodes. Idempotent."""
+        self._session.close()
+
+    @torch.inference_mode()
+    def _next_token(self, chooser: TokenChooser) -> int:
+        if self._cancelled.is_set():
+            raise CancelledStepError("generation was cancelled")
+        self._session.position = min(self._session.position, len(self._token_ids) - 1)
+        position = self._session.position
+        hidden_states = self._ends.embed(torch.tensor([self._token_ids[position:]]), position)
+        output = self._session.step(hidden_states)
+        token_id = chooser.choose(self._ends.logits(output[:, -1:])[0, -1], self._token_ids)
+        self._token_ids.append(token_id)
+        return token_id
+
+
+def _end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
+    """Return the ids that end a turn: those of the generation config and the tokenizer's own."""
+    configured = checkpoint.generation_config().eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(token_id for token_id in [*ids, tokenizer.eos_token_id] if token_id is not None)

@@ -1,0 +1,281 @@
+"""Inference sessions as users see them: tensors in, tensors out, KV caches at the nodes."""
+
+import asyncio
+import concurrent.futures
+import contextvars
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from swarm_client.config import ClientConfig
+from swarm_client.loop_thread import LoopThread
+from swarm_client.swarm_session import HopTiming, StepResult, SwarmSession
+from swarm_protocol.errors import CancelledStepError, InvalidRequestError, MaxLengthError, SessionClosedError
+from swarm_protocol.tensors import from_wire, to_wire
+
+logger = logging.getLogger(__name__)
+
+_active: "contextvars.ContextVar[InferenceSession | None]" = contextvars.ContextVar("umbel_session", default=None)
+
+
+def active_session() -> "InferenceSession | None":
+    """Return the innermost session that this thread (or task) entered with `with`."""
+    return _active.get()
+
+
+@dataclass(slots=True)
+class _RowGroup:
+    """The rows that have the same number of left padding columns; they share one session, which knows no padding."""
+
+    rows: list[int]
+    padding: int
+    session: SwarmSession
+
+    def position(self, column: int) -> int:
+        """The group's position that column `column` of the batch has."""
+        return max(0, column - self.padding)
+
+
+class InferenceSession:
+    """A sequence of steps over the same tokens: `step` extends them, setting `position` rolls back.
+
+    Used by one thread at a time. A context manager: inside, `model(…)` and `model.generate(…)` use it by themselves.
+    The caches are reserved at the first step, which says how many rows there are.
+    """
+
+    def __init__(
+        self,
+        loop: LoopThread,
+        config: ClientConfig,
+        open_rows: Callable[[int, int], SwarmSession],
+        max_length: int,
+    ) -> None:
+        """`open_rows(batch_size, max_length)` makes a SwarmSession, not yet open. Mostly made by a model."""
+        if max_length < 1:
+            raise InvalidRequestError(f"max_length is {max_length}; at least 1 token is needed")
+        self.max_length = max_length
+        self.token_ids: torch.Tensor | None = None
+        """The ids (batch, n) that the model put through this session; None for a session that only got states."""
+        self.last_timings: tuple[HopTiming, ...] = ()
+        """Where the time of the last step went, hop by hop."""
+        self.span_outputs: tuple[torch.Tensor, ...] = ()
+        """The hidden states (batch, seq, hidden) of the last step after every span, if asked for."""
+        self._loop = loop
+        self._config = config
+        self._open_rows = open_rows
+        self._groups: list[_RowGroup] = []
+        self._batch_size: int | None = None
+        self._padding: tuple[int, ...] = ()
+        self._position = 0
+        self._row_order: torch.Tensor | None = None
+        self._running: concurrent.futures.Future[list[StepResult]] | None = None
+        self._is_closed = False
+        self._tokens: list[contextvars.Token[InferenceSession | None]] = []
+
+    @property
+    def position(self) -> int:
+        """Columns (tokens and padding of each row) that are cached. Setting a lower one rolls back to it."""
+        return self._position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        if not 0 <= position <= self._position:
+            raise InvalidRequestError(f"position {position} is not cached: 0 to {self._position} are")
+        self._position = position
+        if self.token_ids is not None:
+            self.token_ids = self.token_ids[:, :position]
+
+    @property
+    def batch_size(self) -> int | None:
+        """The number of rows; None before the first step."""
+        return self._batch_size
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """The left padding columns of each row; empty before the first step."""
+        return self._padding
+
+    @property
+    def route(self) -> list[str]:
+        """The route as people read it, one line for each hop of the first rows; empty before the first step."""
+        return [f"{hop.span} {hop.peer_id}" for hop in self._groups[0].session.route] if self._groups else []
+
+    def step(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        padding: Sequence[int] | None = None,
+        with_span_outputs: bool = False,
+    ) -> torch.Tensor:
+        """Return the states (batch, seq, hidden) after the last block for those that enter the first block.
+
+        The dtype is kept. `padding` are the left padding columns of each row, fixed by the first step; the output is
+        zero there. Raises MaxLengthError when the session would get too long, SwarmError for what happens at nodes;
+        the position is unchanged then.
+        """
+        self._check_open()
+        rows, columns, _ = hidden_states.shape
+        if self._position + columns > self.max_length:
+            raise MaxLengthError(self._position, columns, self.max_length)
+        if self._batch_size is None:
+            self._open(rows, tuple(padding or (0,) * rows))
+        elif rows != self._batch_size:
+            raise InvalidRequestError(f"the session has {self._batch_size} rows, this step has {rows}")
+        outputs: list[tuple[torch.Tensor, ...]] = []
+        width = max(1, self._config.step_tokens // rows)
+        for start in range(0, max(1, columns), width):
+            chunk = hidden_states[:, start : start + width]
+            outputs.append(self._step_chunk(chunk))
+            self._position += chunk.shape[1]
+        depth = min(len(parts) for parts in outputs)
+        spans = [torch.cat(parts, dim=1) for parts in zip(*(parts[-depth:] for parts in outputs), strict=True)]
+        self.span_outputs = tuple(spans) if with_span_outputs else ()
+        return spans[-1].to(hidden_states.device)
+
+    def cancel(self) -> None:
+        """Let a step that runs in another thread end now with CancelledStepError; the session stays usable."""
+        running = self._running
+        if running is not None:
+            running.cancel()
+
+    def reorder(self, row_order: torch.Tensor) -> None:
+        """Let row i continue what row `row_order[i]` was; carried out with the next step."""
+        order = row_order.cpu()
+        self._row_order = order if self._row_order is None else self._row_order[order]
+
+    def reset(self) -> None:
+        """Forget everything that is cached, so that a step with another number of rows may come; keeps `token_ids`."""
+        token_ids = self.token_ids
+        self._close_groups()
+        self.position = 0
+        self.token_ids = token_ids
+        self._batch_size, self._padding, self._row_order = None, (), None
+
+    def close(self) -> None:
+        """Free the caches at the nodes. Idempotent."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._close_groups()
+
+    def __enter__(self) -> "InferenceSession":
+        self._check_open()
+        self._tokens.append(_active.set(self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _active.reset(self._tokens.pop())
+        if not self._tokens:
+            self.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise SessionClosedError("the session is closed; open a new one")
+
+    def _open(self, rows: int, padding: tuple[int, ...]) -> None:
+        if len(padding) != rows:
+            raise InvalidRequestError(f"padding for {len(padding)} rows, the step has {rows}")
+        groups = [
+            _RowGroup(
+                members := [row for row in range(rows) if padding[row] == width],
+                width,
+                self._open_rows(len(members), self.max_length - width),
+            )
+            for width in sorted(set(padding))
+        ]
+        self._loop.run(_open_together([group.session for group in groups]))
+        self._groups, self._batch_size, self._padding = groups, rows, padding
+
+    def _close_groups(self) -> None:
+        groups, self._groups = self._groups, []
+        if groups:
+            self._loop.run(_close_together([group.session for group in groups]))
+
+    def _step_chunk(self, chunk: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        orders = self._group_orders()
+        start, columns = self._position, chunk.shape[1]
+        busy: list[_RowGroup] = []
+        steps = []
+        for group, order in zip(self._groups, orders, strict=True):
+            first = min(max(0, group.padding - start), columns)
+            if first == columns and columns and order is None:
+                continue  # nothing but padding
+            rows = chunk if len(self._groups) == 1 else chunk[group.rows]
+            busy.append(group)
+            steps.append(group.session.step(to_wire(rows[:, first:]), group.position(start), order))
+        try:
+            results = self._run(_all(steps))
+        except BaseException:
+            if any(order is not None for order in orders):
+                self.close()  # which rows were exchanged already is not known
+            raise
+        self._row_order = None
+        return self._assemble(chunk, busy, results)
+
+    def _run(self, steps: Coroutine[Any, Any, list[StepResult]]) -> list[StepResult]:
+        self._running = running = self._loop.submit(steps)
+        try:
+            return running.result()
+        except concurrent.futures.CancelledError:
+            raise CancelledStepError("the step was cancelled") from None
+        except BaseException:
+            running.cancel()
+            raise
+        finally:
+            self._running = None
+
+    def _assemble(
+        self, chunk: torch.Tensor, busy: Sequence[_RowGroup], results: Sequence[StepResult]
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the output after every span, or only the last where the groups' routes differ in their spans."""
+        if not results:
+            return (torch.zeros_like(chunk, device="cpu"),)
+        self.last_timings = results[-1].timings
+        if len(self._groups) == 1 and results[0].outputs[-1].shape[1] == chunk.shape[1]:
+            return tuple(from_wire(output) for output in results[0].outputs)
+        is_same = len({tuple(timing.hop.span for timing in result.timings) for result in results}) == 1
+        wholes = []
+        for index in range(len(results[0].outputs)) if is_same else [-1]:
+            whole = torch.zeros(chunk.shape, dtype=chunk.dtype)
+            for group, result in zip(busy, results, strict=True):
+                output = from_wire(result.outputs[index])
+                whole[group.rows, chunk.shape[1] - output.shape[1] :] = output
+            wholes.append(whole)
+        return tuple(wholes)
+
+    def _group_orders(self) -> list[tuple[int, ...] | None]:
+        if self._row_order is None:
+            return [None] * len(self._groups)
+        orders: list[tuple[int, ...] | None] = []
+        for group in self._groups:
+            wanted = [int(self._row_order[row]) for row in group.rows]
+            if not set(wanted) <= set(group.rows):
+                raise InvalidRequestError("rows can only be exchanged among those with the same padding")
+            order = tuple(group.rows.index(row) for row in wanted)
+            orders.append(None if order == tuple(range(len(order))) else order)
+        return orders
+
+
+async def _all(steps: Sequence[Coroutine[Any, Any, StepResult]]) -> list[StepResult]:
+    results = await asyncio.gather(*steps, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if isinstance(result, StepResult)]
+
+
+async def _open_together(sessions: Sequence[SwarmSession]) -> None:
+    try:
+        await asyncio.gather(*(session.open() for session in sessions))
+    except BaseException:
+        await _close_together(sessions)
+        raise
+
+
+async def _close_together(sessions: Sequence[SwarmSession]) -> None:
+    await asyncio.gather(*(session.close() for session in sessions))

@@ -1,0 +1,73 @@
+"""The client's event loop, in a thread of its own, and the one place where sync callers enter it."""
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from swarm_client.config import ClientConfig
+from swarm_protocol.errors import SessionClosedError
+from swarm_protocol.transport.base import Transport
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """An event loop that runs in a daemon thread until `close`."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="umbel-client-loop", daemon=True)
+        self._thread.start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
+        """Start `coroutine` on the loop. Cancelling the future cancels it. Any thread but the loop's own."""
+        if self._loop.is_closed() or not self._thread.is_alive():
+            coroutine.close()
+            raise SessionClosedError("the connection to the swarm is closed")
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run `coroutine` on the loop and return what it returns; an interrupt of the caller cancels it."""
+        future = self.submit(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Cancel what runs and end the thread. Idempotent."""
+        if self._loop.is_closed():
+            return
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+        self._loop.close()
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def join_network(config: ClientConfig) -> Transport:
+    """Return a client's transport, joined to the swarm. Raises PeerUnreachableError or ConfigError."""
+    # Imported here, since it loads libp2p's bindings, which those who are handed a transport do not need.
+    from swarm_protocol.transport.hivemind_net import NetworkConfig, open_transport
+
+    return await open_transport(
+        NetworkConfig(
+            initial_peers=config.initial_peers,
+            identity_path=config.identity_path,
+            host=config.host,
+            relay=config.relay,
+            map_ports=False,
+            client_mode=True,
+            startup_timeout_s=config.startup_s,
+        )
+    )

@@ -1,0 +1,283 @@
+"""Transformers' own model classes with the swarm in the place of their blocks."""
+
+import contextvars
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from swarm_client.config import ClientConfig
+from swarm_client.generation.text_model import DistributedTextModel
+from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta
+from swarm_client.inference_session import InferenceSession, active_session
+from swarm_client.remote_blocks import BlocksCall, RemoteBlocks, RemoteCache, blocks_call, left_padding
+from swarm_client.routing.find_route import ModelKey
+from swarm_client.swarm import Swarm
+from swarm_protocol.errors import ConfigError, InvalidRequestError
+from swarm_protocol.model.checkpoint import Checkpoint, open_checkpoint
+from swarm_protocol.model.parts import EndsModule, build_client_model
+
+logger = logging.getLogger(__name__)
+
+_generating: "contextvars.ContextVar[InferenceSession | None]" = contextvars.ContextVar("umbel_generate", default=None)
+"""The session of the `generate` that runs in this thread; without one it makes its own when it knows the size."""
+
+
+class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
+    """What is added to a family's `…ForCausalLM`; every distributed model is an instance of both.
+
+    Safe to use from several threads, each with a session of its own.
+    """
+
+    remote_blocks: RemoteBlocks
+    ends: EndsModule
+    checkpoint: Checkpoint
+
+    def inference_session(self, *, max_length: int) -> InferenceSession:
+        """Return a session for up to `max_length` tokens a row; a context manager. Caches are reserved at first use."""
+        return self.remote_blocks.session(max_length)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the family's forward. Inside a session, only tokens behind its position are passed.
+
+        `output_hidden_states=True` gives the states (batch, seq, hidden) that enter the first block, and those after
+        every span of the route. Raises InvalidRequestError for masks other than left padding.
+        """
+        cache = kwargs.get("past_key_values")
+        session = cache.session if isinstance(cache, RemoteCache) else active_session()
+        if session is not None:
+            kwargs["past_key_values"] = RemoteCache(session)
+        kwargs["use_cache"] = session is not None
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        with_states = kwargs.pop("output_hidden_states", None) or False
+        columns = session.position if session is not None else 0
+        with blocks_call(BlocksCall(left_padding(mask), bool(with_states))) as call:
+            output = super().forward(*args, **kwargs)
+        if session is not None:
+            _remember_tokens(session, columns, kwargs.get("input_ids", args[0] if args else None))
+        if with_states:
+            if not call.span_outputs:
+                raise InvalidRequestError("the rows went through different spans; their states cannot be put together")
+            output.hidden_states = tuple(call.span_outputs)
+        return output
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        session: InferenceSession | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as transformers does, in `session`, in the session entered with `with`, or in one of its own.
+
+        In a session, `inputs` are the new tokens only (None goes on from the last one), and so is what is returned;
+        what came before is not computed again. Raises MaxLengthError when the session gets too long.
+        """
+        session = session or active_session()
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
+        before = session.token_ids if session is not None else None
+        if session is not None and before is not None:
+            inputs = _behind(before, inputs)
+            kwargs["attention_mask"] = _whole_mask(session, before, inputs, kwargs.get("attention_mask"))
+            if session.position >= inputs.shape[1]:
+                session.position = inputs.shape[1] - 1
+        elif session is not None and session.position:
+            raise InvalidRequestError("the session was fed with hidden states; generate needs to know its token ids")
+        token = _generating.set(session)
+        own: InferenceSession | None = None
+        try:
+            result = super().generate(inputs, generation_config, *args, **kwargs)
+        finally:
+            own = _generating.get() if session is None else None
+            _generating.reset(token)
+            if own is not None:
+                own.close()
+        if session is None:
+            return result
+        sequences = result.sequences if isinstance(result, ModelOutput) else result
+        session.token_ids = sequences.clone()
+        new = sequences if before is None else sequences[:, before.shape[1] :].clone()
+        if isinstance(result, ModelOutput):
+            result.sequences = new
+            return result
+        return new
+
+    def text_model(self) -> DistributedTextModel:
+        """Return this model with its tokenizer, as text in and text out; what the chat site uses."""
+        return DistributedTextModel(self.checkpoint, self.ends, self.remote_blocks)
+
+    def stream(
+        self, prompt: str | Sequence[ChatMessage], params: SamplingParams, *, max_length: int | None = None
+    ) -> Iterator[TextDelta]:
+        """Yield the continuation of a text, or the answer to messages, as text deltas; closing the iterator cancels.
+
+        For several turns over one cache use `text_model().open_session(…)`. `max_length` None makes the session as
+        long as prompt and `params.max_new_tokens` need. Raises SwarmError.
+        """
+        text_model = self.text_model()
+        if max_length is None:
+            ids = text_model.encode(prompt) if isinstance(prompt, str) else text_model.chat_token_ids(prompt)
+            # Two more for special tokens at both ends.
+            max_length = min(text_model.max_length, len(ids) + 2 + params.max_new_tokens)
+        text_session = text_model.open_session(max_length)
+        try:
+            if isinstance(prompt, str):
+                text_session.append_text(prompt)
+            else:
+                text_session.set_messages(prompt)
+            yield from text_session.generate(params)
+        finally:
+            text_session.close()
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Called by transformers' `generate` when it knows how many rows and tokens there will be."""
+        if model_kwargs.get("past_key_values") is not None:
+            raise InvalidRequestError("past_key_values cannot be passed: use session=")
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        session = _generating.get()
+        if session is None:
+            session = self.remote_blocks.session(max(1, max_cache_length))
+            _generating.set(session)
+        elif session.batch_size not in (None, rows):
+            logger.info("the session goes from %d to %d rows and is computed again", session.batch_size, rows)
+            session.reset()
+        model_kwargs["past_key_values"] = RemoteCache(session)
+        generation_config.use_cache = True
+
+    def close(self) -> None:
+        """Leave the swarm, if this model joined it by itself. Idempotent."""
+        if self._owns_swarm:
+            self.remote_blocks.swarm.close()
+
+    _owns_swarm = False
+
+
+class AutoDistributedModelForCausalLM:
+    """Makes distributed models of any family; not instantiated itself."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Checkpoint,
+        *,
+        initial_peers: Sequence[str] = (),
+        swarm: Swarm | None = None,
+        config: ClientConfig | None = None,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "DistributedCausalLM":
+        """Return the model of `source`, a folder, a GGUF file or a hub repository, with its blocks in the swarm.
+
+        Only embeddings, final norm and head are loaded here. `initial_peers` joins the swarm there and leaves it with
+        the model's `close`; `swarm` shares a connection. `dtype` (or `torch_dtype`) is that of the ends and of what
+        travels: float32 by default on a CPU, the checkpoint's on a GPU.
+
+        Raises ConfigError, CheckpointError, UnsupportedFamilyError or PeerUnreachableError.
+        """
+        checkpoint = (
+            open_checkpoint(source, revision=revision, cache_dir=cache_dir) if isinstance(source, str) else source
+        )
+        place = torch.device(device)
+        chosen = choose_dtype(torch_dtype if dtype is None else dtype, checkpoint, place)
+        key = ModelKey(checkpoint.name, checkpoint.revision, checkpoint.num_blocks)
+        is_own = swarm is None
+        if swarm is None:
+            swarm = Swarm.connect(connection_config(config, initial_peers))
+        try:
+            blocks = RemoteBlocks(swarm, key)
+            model = build_client_model(checkpoint, blocks, dtype=chosen, device=place)
+        except BaseException:
+            if is_own:
+                swarm.close()
+            raise
+        model.requires_grad_(False)
+        ends = EndsModule(model)  # made of the family's class, before it learns of sessions
+        model.__class__ = _distributed_class(type(model))
+        distributed = cast(DistributedCausalLM, model)
+        # Bypasses nn.Module's registration: the blocks are a submodule already, in their place.
+        object.__setattr__(distributed, "remote_blocks", blocks)
+        object.__setattr__(distributed, "ends", ends)
+        object.__setattr__(distributed, "checkpoint", checkpoint)
+        object.__setattr__(distributed, "_owns_swarm", is_own)
+        return distributed
+
+
+def connection_config(config: ClientConfig | None, initial_peers: Sequence[str]) -> ClientConfig:
+    """Return `config` with `initial_peers`. Raises ConfigError if there is no peer to start from."""
+    chosen = config or ClientConfig()
+    if initial_peers:
+        chosen = replace(chosen, initial_peers=tuple(initial_peers))
+    if not chosen.initial_peers:
+        raise ConfigError("initial_peers is empty: give the multiaddress of at least one peer of the swarm")
+    return chosen
+
+
+def choose_dtype(wanted: torch.dtype | str | None, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """Return the dtype of a client's ends. Raises ConfigError for one that cannot be used."""
+    if wanted is None or wanted == "auto":
+        return torch.float32 if device.type == "cpu" and wanted is None else checkpoint.dtype
+    dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"dtype {wanted} is not served; use float32, bfloat16 or float16")
+    return dtype
+
+
+_classes: dict[type, type] = {}
+
+
+def _distributed_class(family: type) -> type:
+    """Return the class that is both `family` and DistributedCausalLM; one for each family."""
+    if family not in _classes:
+        _classes[family] = type(f"Distributed{family.__name__}", (DistributedCausalLM, family), {})
+    return _classes[family]
+
+
+def _behind(before: torch.Tensor, inputs: torch.Tensor | None) -> torch.Tensor:
+    """Return `inputs` (batch, n) behind the ids that a session holds."""
+    if inputs is None:
+        return before
+    if inputs.shape[0] != before.shape[0]:
+        raise InvalidRequestError(
+            f"the session has {before.shape[0]} rows of tokens, the inputs have {inputs.shape[0]}"
+        )
+    return torch.cat([before.to(inputs.device), inputs], dim=1)
+
+
+def _whole_mask(
+    session: InferenceSession, before: torch.Tensor, whole: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the mask of all columns of `whole`: what the session was opened with, and nothing hidden behind that."""
+    if mask is not None and not bool((mask[:, -(whole.shape[1] - before.shape[1]) or mask.shape[1] :] == 1).all()):
+        raise InvalidRequestError("padding is only possible at the very beginning of a session")
+    full = torch.ones_like(whole)
+    for row, columns in enumerate(session.padding):
+        full[row, :columns] = 0
+    return full
+
+
+def _remember_tokens(session: InferenceSession, start: int, input_ids: torch.Tensor | None) -> None:
+    """Keep the ids of a plain forward in a session; `generate` replaces them by its whole sequences."""
+    if input_ids is None or _generating.get() is session:
+        return
+    known = session.token_ids
+    if known is None and start:
+        return
+    kept = input_ids[:, :0] if known is None else known[:, :start]
+    session.token_ids = torch.cat([kept, input_ids], dim=1)

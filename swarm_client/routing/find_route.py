@@ -1,0 +1,78 @@
+"""Pure: choose the nodes that a session goes through."""
+
+import random
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from swarm_protocol.errors import CacheFullError, MissingBlocksError, RevisionMismatchError
+from swarm_protocol.ids import PeerId
+from swarm_protocol.records import NodeRecord
+from swarm_protocol.spans import Span, uncovered
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """The blocks that a route runs at one peer; they may be fewer than the peer serves."""
+
+    peer_id: PeerId
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class ModelKey:
+    """Which model a route is for: the name in records, the revision of the weights, and the number of blocks."""
+
+    name: str
+    revision: str
+    num_blocks: int
+
+
+def find_route(
+    records: Iterable[NodeRecord],
+    model: ModelKey,
+    *,
+    needed_tokens: int,
+    avoided: Collection[PeerId],
+    rng: random.Random,
+) -> list[Hop]:
+    """Return the hops of a route with the fewest nodes, chosen at random among equal ones.
+
+    Going on with the node that reaches furthest gives the fewest, since spans are intervals. `needed_tokens` must be
+    free at every node. Nodes in `avoided` are used only for blocks that nobody else serves: a node that failed a
+    moment ago may be back, and without it there is no route at all.
+
+    Raises RevisionMismatchError if the blocks are served, but with other weights; CacheFullError if they are served,
+    but memory is short; MissingBlocksError, which names the blocks, otherwise.
+    """
+    online = [r for r in records if r.state == "online" and r.model == model.name]
+    same = [r for r in online if r.revision == model.revision]
+    holes = uncovered((r.span for r in same), model.num_blocks)
+    if holes:
+        if not uncovered((r.span for r in online), model.num_blocks):
+            raise RevisionMismatchError(
+                f"the swarm serves {model.name} with other weights: revision {online[0].revision}, "
+                f"this client has {model.revision}"
+            )
+        raise MissingBlocksError(model.name, holes)
+    roomy = [r for r in same if r.free_tokens >= needed_tokens]
+    if uncovered((r.span for r in roomy), model.num_blocks):
+        raise CacheFullError(needed_tokens, max((r.free_tokens for r in same), default=0))
+    trusted = [r for r in roomy if r.peer_id not in avoided]
+    hops: list[Hop] = []
+    block = 0
+    while block < model.num_blocks:
+        record = _furthest(trusted, block, rng) or _furthest(roomy, block, rng)
+        if record is None:
+            raise AssertionError("coverage was checked above")
+        end = min(record.end_block, model.num_blocks)
+        hops.append(Hop(PeerId(record.peer_id), Span(block, end)))
+        block = end
+    return hops
+
+
+def _furthest(records: Sequence[NodeRecord], block: int, rng: random.Random) -> NodeRecord | None:
+    holders = [r for r in records if r.start_block <= block < r.end_block]
+    if not holders:
+        return None
+    end = max(r.end_block for r in holders)
+    return rng.choice([r for r in holders if r.end_block == end])

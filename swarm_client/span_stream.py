@@ -1,0 +1,242 @@
+"""One hop of a session: the client's end of the stream to one node. Belongs to the event loop."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from swarm_client.routing.find_route import Hop, ModelKey
+from swarm_protocol.errors import (
+    PeerUnreachableError,
+    ProtocolError,
+    StepTimeoutError,
+    StreamLostError,
+    SwarmError,
+    UnexpectedMessageError,
+    UnsupportedVersionError,
+    error_from_wire,
+)
+from swarm_protocol.ids import short_id, short_peer
+from swarm_protocol.messages import (
+    PROTOCOL_VERSIONS,
+    SESSION_PROTOCOL,
+    CloseSession,
+    ErrorReply,
+    Message,
+    OpenSession,
+    ResumeSession,
+    SessionOpened,
+    SessionResumed,
+    Step,
+    StepReply,
+    WireTensor,
+)
+from swarm_protocol.session_state import SessionState, State
+from swarm_protocol.transport.base import FrameStream, Transport
+from swarm_protocol.wire import MessageAssembler, encode
+
+logger = logging.getLogger(__name__)
+
+RESUME_PAUSE_S = 0.3
+"""Between two tries to take a dropped stream up again: a node that restarts its stream listener needs about as long."""
+
+
+@dataclass(frozen=True, slots=True)
+class HopLimits:
+    """Deadlines of one hop, as in `ClientConfig`."""
+
+    open_s: float
+    step_s: float
+    resume_s: float
+
+
+class MessageStream:
+    """Messages over a frame stream."""
+
+    def __init__(self, frames: FrameStream) -> None:
+        self._frames = frames
+        self._assembler = MessageAssembler()
+
+    async def send(self, message: Message) -> None:
+        """Send `message`. A cancelled send leaves the stream unusable. Raises StreamLostError."""
+        for parts in encode(message):
+            await self._frames.send(parts)
+
+    async def receive(self) -> Message:
+        """Return the next message. Raises StreamLostError or ProtocolError."""
+        while True:
+            message = self._assembler.feed(await self._frames.receive())
+            if message is not None:
+                return message
+
+    async def close(self) -> None:
+        """End the stream. Idempotent."""
+        await self._frames.close()
+
+
+class SpanStream:
+    """A session's stream to the node that runs `hop.span`; taken up again when it drops."""
+
+    def __init__(self, transport: Transport, hop: Hop, session_id: bytes, max_length: int, limits: HopLimits) -> None:
+        self.hop = hop
+        self._transport = transport
+        self._limits = limits
+        self._session_id = session_id
+        self._state = SessionState(max_length)
+        self._stream: MessageStream | None = None
+        self._resume_token = b""
+        self._unanswered: Step | None = None
+
+    async def open(self, model: ModelKey, batch_size: int) -> None:
+        """Reserve the session at the node. Raises SwarmError: what the node answered, or why it cannot be reached."""
+        request = OpenSession(
+            self._session_id,
+            PROTOCOL_VERSIONS,
+            model.name,
+            model.revision,
+            self.hop.span.start,
+            self.hop.span.end,
+            batch_size,
+            self._state.max_length,
+        )
+        async with self._deadline(self._limits.open_s, "opening a session"):
+            reply = await self._ask(request)
+        if not isinstance(reply, SessionOpened):
+            raise UnexpectedMessageError(f"{type(reply).__name__} came, SessionOpened was expected")
+        if reply.version not in PROTOCOL_VERSIONS:
+            raise UnsupportedVersionError([reply.version], PROTOCOL_VERSIONS)
+        self._resume_token = reply.resume_token
+        self._state.opened()
+
+    async def step(
+        self, hidden_states: WireTensor, position: int, row_order: tuple[int, ...] | None = None
+    ) -> StepReply:
+        """Return the node's reply to one step.
+
+        A dropped stream is resumed on the way. After a cancelled step the next one first waits for the old reply.
+        Raises SwarmError; a retryable one leaves the session usable only if this hop is replaced.
+        """
+        if self._unanswered is not None:
+            try:
+                await self._answer_to(self._unanswered, is_sent=True)
+            except SwarmError:
+                if self._unanswered is not None:
+                    raise
+        step = Step(self._state.last_begun + 1, position, hidden_states, row_order)
+        self._state.begin_step(step.step_id, position, hidden_states.shape[1])
+        self._unanswered = step
+        return await self._answer_to(step, is_sent=False)
+
+    async def close(self) -> None:
+        """Free the session at the node. Idempotent; a node that cannot be reached frees it after its grace period."""
+        was_open = self._state.state is State.OPEN
+        self._state.closed()
+        stream, self._stream = self._stream, None
+        if stream is None:
+            return
+        try:
+            if was_open:
+                async with asyncio.timeout(self._limits.open_s):
+                    await stream.send(CloseSession())
+                    await stream.receive()
+        except (SwarmError, TimeoutError) as error:
+            logger.debug("close was not confirmed: %s %s", error, self._where)
+        finally:
+            await stream.close()
+
+    async def _answer_to(self, step: Step, *, is_sent: bool) -> StepReply:
+        async with self._deadline(self._limits.step_s, f"step {step.step_id}"):
+            while True:
+                try:
+                    if not is_sent:
+                        await self._send(step)
+                    return await self._receive_reply(step)
+                except StreamLostError as error:
+                    logger.info("stream lost (%s), resuming %s", error, self._where)
+                    await self._drop()
+                    is_sent = await self._resume(step)
+
+    async def _send(self, step: Step) -> None:
+        if self._stream is None:
+            raise StreamLostError(f"no stream to {short_peer(self.hop.peer_id)}")
+        try:
+            await self._stream.send(step)
+        except asyncio.CancelledError:
+            await self._drop()
+            raise
+
+    async def _receive_reply(self, step: Step) -> StepReply:
+        if self._stream is None:
+            raise StreamLostError(f"no stream to {short_peer(self.hop.peer_id)}")
+        reply = await self._stream.receive()
+        match reply:
+            case StepReply(step_id=step.step_id):
+                if reply.hidden_states.shape != step.hidden_states.shape:
+                    raise ProtocolError(
+                        f"the node answered shape {reply.hidden_states.shape} to {step.hidden_states.shape}"
+                    )
+                self._state.finish_step(step.step_id)
+                self._unanswered = None
+                return reply
+            case ErrorReply(step_id=step.step_id):
+                self._state.fail_step(step.step_id)
+                self._unanswered = None
+                raise error_from_wire(reply.code, reply.message, reply.retryable)
+            case ErrorReply():
+                raise error_from_wire(reply.code, reply.message, reply.retryable)
+        raise UnexpectedMessageError(f"{type(reply).__name__} came, the reply of step {step.step_id} was expected")
+
+    async def _drop(self) -> None:
+        if self._state.state is State.OPEN:
+            self._state.dropped()
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            await stream.close()
+
+    async def _resume(self, step: Step) -> bool:
+        """Take the session up on a new stream; return whether the node has `step` already."""
+        last_error: SwarmError = StreamLostError(f"the stream to {short_peer(self.hop.peer_id)} was lost")
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + self._limits.resume_s
+        while loop.time() < give_up_s:
+            try:
+                request = ResumeSession(self._session_id, self._resume_token, self._state.last_finished)
+                async with self._deadline(self._limits.resume_s, "resuming a session"):
+                    reply = await self._ask(request)
+            except (PeerUnreachableError, StreamLostError, StepTimeoutError) as error:
+                last_error = error
+                await asyncio.sleep(RESUME_PAUSE_S)
+                continue
+            if not isinstance(reply, SessionResumed):
+                raise UnexpectedMessageError(f"{type(reply).__name__} came, SessionResumed was expected")
+            return step.step_id not in self._state.steps_to_resend(reply.last_step_id)
+        raise StreamLostError(f"the stream to {short_peer(self.hop.peer_id)} was lost: {last_error}")
+
+    async def _ask(self, request: OpenSession | ResumeSession) -> Message:
+        frames = await self._transport.dial(self.hop.peer_id, SESSION_PROTOCOL)
+        stream = MessageStream(frames)
+        try:
+            await stream.send(request)
+            reply = await stream.receive()
+            if isinstance(reply, ErrorReply):
+                raise error_from_wire(reply.code, reply.message, reply.retryable)
+        except BaseException:
+            await stream.close()
+            raise
+        self._stream = stream
+        return reply
+
+    @contextlib.asynccontextmanager
+    async def _deadline(self, timeout_s: float, what: str) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError:
+            raise StepTimeoutError(
+                f"{what} at {short_peer(self.hop.peer_id)} took longer than {timeout_s:g} s"
+            ) from None
+
+    @property
+    def _where(self) -> str:
+        return f"peer={short_peer(self.hop.peer_id)} session={short_id(self._session_id)} blocks={self.hop.span}"

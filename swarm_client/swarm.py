@@ -1,0 +1,124 @@
+"""A client's connection to a swarm: one event loop, one transport, shared by all models and sessions of a process."""
+
+import asyncio
+import atexit
+import itertools
+import random
+import weakref
+from collections.abc import Sequence
+
+from swarm_client.config import ClientConfig
+from swarm_client.loop_thread import LoopThread, join_network
+from swarm_client.routing.find_route import Hop, ModelKey, find_route
+from swarm_client.routing.watcher import SwarmWatcher
+from swarm_client.span_stream import MessageStream
+from swarm_client.swarm_session import SwarmSession
+from swarm_protocol.errors import RouteError, StepTimeoutError, UnexpectedMessageError, error_from_wire
+from swarm_protocol.ids import short_peer
+from swarm_protocol.messages import COMPUTE_PROTOCOL, ErrorReply, Forward, ForwardReply, WireTensor
+from swarm_protocol.spans import Span, describe_blocks, uncovered
+from swarm_protocol.transport.base import Transport
+
+_open_swarms: "weakref.WeakSet[Swarm]" = weakref.WeakSet()
+
+
+class Swarm:
+    """The swarm as one client process sees it. Methods may be called from any thread and block."""
+
+    def __init__(self, transport: Transport, loop: LoopThread, config: ClientConfig) -> None:
+        """`transport` belongs to the loop of `loop`; both are closed with this. Mostly made by `connect`."""
+        self.config = config
+        self.loop = loop
+        self._transport = transport
+        self._watchers: dict[ModelKey, SwarmWatcher] = {}
+        _open_swarms.add(self)
+
+    @classmethod
+    def connect(cls, config: ClientConfig) -> "Swarm":
+        """Join the swarm of `config.initial_peers`. Raises PeerUnreachableError or ConfigError."""
+        loop = LoopThread()
+        try:
+            return cls(loop.run(join_network(config)), loop, config)
+        except BaseException:
+            loop.close()
+            raise
+
+    def session(self, model: ModelKey, batch_size: int, max_length: int) -> SwarmSession:
+        """Return a session that is not yet open; its methods run on `loop`."""
+        return SwarmSession(self._transport, self._watcher(model), self.config, model, batch_size, max_length)
+
+    def missing_blocks(self, model: ModelKey) -> Sequence[Span]:
+        """Return the runs of blocks of `model` that no online node with the same weights serves now."""
+        records = self.loop.run(self._watcher(model).records(self.config.view_age_s))
+        spans = [r.span for r in records if r.state == "online" and r.revision == model.revision]
+        return uncovered(spans, model.num_blocks)
+
+    def forward(self, model: ModelKey, hidden_states: WireTensor) -> tuple[WireTensor, ...]:
+        """Run `hidden_states` (batch, seq, hidden) through all blocks without a cache; return them after every span.
+
+        Raises SwarmError.
+        """
+        return self.loop.run(self._forward(model, hidden_states))
+
+    def close(self) -> None:
+        """Leave the swarm; open sessions end. Idempotent."""
+        if self in _open_swarms:
+            _open_swarms.discard(self)
+            self.loop.run(self._transport.close())
+            self.loop.close()
+
+    def _watcher(self, model: ModelKey) -> SwarmWatcher:
+        watcher = self._watchers.get(model)
+        if watcher is None:
+            watcher = SwarmWatcher(self._transport, model.name, model.num_blocks, self.config.avoid_s)
+            watcher = self._watchers.setdefault(model, watcher)
+        return watcher
+
+    async def _forward(self, model: ModelKey, hidden_states: WireTensor) -> tuple[WireTensor, ...]:
+        watcher = self._watcher(model)
+        for attempt in itertools.count(1):
+            records = await watcher.records(0.0 if attempt > 1 else self.config.view_age_s)
+            hops = find_route(
+                [r for r in records if r.peer_id not in self.config.blocked_peers],
+                model,
+                needed_tokens=0,
+                avoided=watcher.avoided,
+                rng=random.SystemRandom(),
+            )
+            outputs: list[WireTensor] = []
+            try:
+                for hop in hops:
+                    outputs.append(await self._forward_hop(model, hop, outputs[-1] if outputs else hidden_states))
+            except RouteError as error:
+                if not error.retryable or attempt >= self.config.route_attempts:
+                    raise
+                watcher.avoid(hops[len(outputs)].peer_id)
+            else:
+                return tuple(outputs)
+        raise AssertionError("unreachable")
+
+    async def _forward_hop(self, model: ModelKey, hop: Hop, hidden_states: WireTensor) -> WireTensor:
+        request = Forward(1, model.name, model.revision, hop.span.start, hop.span.end, hidden_states)
+        try:
+            async with asyncio.timeout(self.config.step_s):
+                stream = MessageStream(await self._transport.dial(hop.peer_id, COMPUTE_PROTOCOL))
+                try:
+                    await stream.send(request)
+                    reply = await stream.receive()
+                finally:
+                    await stream.close()
+        except TimeoutError:
+            raise StepTimeoutError(
+                f"{describe_blocks(hop.span)} at {short_peer(hop.peer_id)} took longer than {self.config.step_s:g} s"
+            ) from None
+        if isinstance(reply, ErrorReply):
+            raise error_from_wire(reply.code, reply.message, reply.retryable)
+        if not isinstance(reply, ForwardReply) or reply.hidden_states.shape != hidden_states.shape:
+            raise UnexpectedMessageError("the node's answer is not what a forward gives")
+        return reply.hidden_states
+
+
+@atexit.register
+def _close_all() -> None:
+    for swarm in list(_open_swarms):
+        swarm.close()
