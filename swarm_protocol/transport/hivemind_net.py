@@ -1,0 +1,410 @@
+"""The network on libp2p: streams through the p2pd daemon, the directory in hivemind's DHT. All else is in `base.py`.
+
+The daemon is a child process with a control socket; every stream is a socket of its own between it and this process.
+hivemind's `P2P` and `DHTNode` share the caller's event loop, in any thread; nothing forks (DESIGN D3, D4).
+"""
+
+import asyncio
+import logging
+import statistics
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from swarm_protocol.errors import ConfigError, PeerUnreachableError, StreamLostError
+from swarm_protocol.identity import create_identity, load_or_create_identity
+from swarm_protocol.ids import PeerId
+from swarm_protocol.transport.base import Directory, FrameStream, StreamHandler
+from swarm_protocol.transport.directory_rules import check_value, is_storable
+from swarm_protocol.transport.framed_socket import SCRATCH_BYTES, FramedSocket, FramedStream
+from swarm_protocol.transport.network_config import NetworkConfig
+from swarm_protocol.transport.p2p_daemon import Daemon, DaemonFiles, frame_message, start_daemon
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of torch and protobuf, by way of hivemind; it adds filters of its own, too
+    import hivemind.hivemind_cli
+    from hivemind.dht.node import DHTNode
+    from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+    from hivemind.p2p import P2P, PeerID
+    from hivemind.proto import dht_pb2, p2pd_pb2
+    from hivemind.utils.logging import use_hivemind_log_handler
+    from hivemind.utils.multiaddr import Multiaddr
+    from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS, get_dht_time
+
+# hivemind installs a handler of its own and renames the level WARNING; both are taken back, and its chatter is cut.
+use_hivemind_log_handler("nowhere")
+logging.addLevelName(logging.WARNING, "WARNING")
+logging.getLogger("hivemind").setLevel(logging.ERROR)
+
+__all__ = ["HivemindTransport", "NetworkConfig", "open_transport"]
+
+logger = logging.getLogger(__name__)
+
+LISTEN_BACKLOG: Final = 1024  # streams that arrive at once wait here; asyncio's default of 100 refuses more
+DIAL_TIMEOUT_S: Final = 30  # the daemon's own limit for a dial whose caller went away
+PING_RETRY_S: Final = 0.5
+UNREGISTER_TIMEOUT_S: Final = 2.0  # to unregister handlers; a daemon that died never answers
+ADDRESS_REFRESH_S: Final = 30.0  # relays and port mappings come and go
+
+
+async def open_transport(config: NetworkConfig) -> "HivemindTransport":
+    """Join the network, or start one where `config` names no initial peers (other than this one).
+
+    Raises ConfigError for unusable addresses, ports and key files and for a clock that is off, PeerUnreachableError if
+    no initial peer answers within `config.startup_timeout_s`.
+    """
+    transport = HivemindTransport(config)
+    try:
+        async with asyncio.timeout(config.startup_timeout_s):
+            await transport._open()
+    except TimeoutError:
+        await transport.close()
+        peers = ", ".join(config.initial_peers) or "none were given, so the network daemon itself is stuck"
+        raise PeerUnreachableError(f"no initial peer answered within {config.startup_timeout_s:g} s: {peers}") from None
+    except BaseException:
+        await transport.close()
+        raise
+    return transport
+
+
+class HivemindTransport:
+    """One peer's access to the swarm. Make it with `open_transport`; belongs to the loop that it was made in."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        self._config = config
+        self._scratch = bytearray(SCRATCH_BYTES)
+        self._peer_id = PeerId("")
+        self._addresses: tuple[str, ...] = ()
+        self._handlers: dict[str, StreamHandler] = {}
+        self._sockets: set[FramedSocket] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._num_incoming = 0
+        self._is_closed = False
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._daemon: Daemon | None = None
+        self._server: asyncio.Server | None = None
+        self._p2p: P2P | None = None
+        self._node: DHTNode | None = None
+        self._directory: HivemindDirectory | None = None
+
+    @property
+    def peer_id(self) -> PeerId:
+        """This peer's own id."""
+        return self._peer_id
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """The multiaddresses under which others can reach this peer; empty for a client that does not listen."""
+        return self._addresses
+
+    @property
+    def directory(self) -> Directory:
+        """The swarm's directory."""
+        assert self._directory is not None
+        return self._directory
+
+    def now_s(self) -> float:
+        """The swarm's clock: this machine's, which was within 3 s of the other peers' when it joined."""
+        return float(get_dht_time())
+
+    async def serve(self, protocol: str, handler: StreamHandler) -> None:
+        """Run `handler` for every incoming stream of `protocol`; a second call replaces the handler."""
+        is_new = protocol not in self._handlers
+        self._handlers[protocol] = handler
+        if is_new:
+            request = p2pd_pb2.StreamHandlerRequest(
+                addr=Multiaddr(f"/unix{self._path('incoming.sock')}").to_bytes(), proto=[protocol], balanced=False
+            )
+            socket = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_HANDLER, streamHandler=request))
+            await socket.close()
+
+    async def dial(self, peer_id: PeerId, protocol: str) -> FrameStream:
+        """Open a stream; the daemon finds the peer's addresses. After a failure it may refuse the peer for some 5 s."""
+        try:
+            peer = PeerID.from_base58(peer_id).to_bytes()
+        except ValueError:
+            raise PeerUnreachableError(f"cannot dial {peer_id!r}: not a peer id") from None
+        request = p2pd_pb2.StreamOpenRequest(peer=peer, proto=[protocol], timeout=DIAL_TIMEOUT_S)
+        try:
+            socket = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=request))
+        except StreamLostError as error:
+            raise PeerUnreachableError(f"cannot reach {peer_id}: {error}") from error
+        return FramedStream(peer_id, socket)
+
+    async def close(self) -> None:
+        """Leave the network: no new streams, the end of the open ones, then the directory, the daemon and its files."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._server is not None:
+            self._server.close()
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(socket.close() for socket in list(self._sockets)))
+        if self._node is not None:
+            await _shut_down(self._node)
+        elif self._p2p is not None:
+            await _disconnect(self._p2p)
+        if self._daemon is not None:
+            await self._daemon.stop()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    # --- joining ------------------------------------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        config = self._config
+        for address in config.announce:
+            _parse_multiaddr(address)
+        peers = {_peer_in(address): address for address in config.initial_peers}
+        self._folder = tempfile.TemporaryDirectory(prefix="umbel-", ignore_cleanup_errors=True)
+        if config.identity_path is None:
+            identity, identity_path = create_identity(), self._path("identity")
+            identity_path.touch(0o600)
+            identity_path.write_bytes(identity.encode())
+        else:
+            identity_path = Path(config.identity_path)
+            identity = load_or_create_identity(identity_path)
+        self._peer_id = identity.peer_id
+        others = {peer: address for peer, address in peers.items() if peer != self._peer_id}
+        program = Path(hivemind.hivemind_cli.__file__).with_name("p2pd")
+        files = DaemonFiles(program, identity_path, self._path("control.sock"))
+        self._daemon = await start_daemon(config, list(others.values()), files)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(
+            self._accept, str(self._path("incoming.sock")), backlog=LISTEN_BACKLOG
+        )
+        self._p2p = await P2P.replicate(Multiaddr(f"/unix{files.control_socket}"))
+        await self._refresh_addresses()
+        self._node = await DHTNode.create(
+            self._p2p,
+            client_mode=config.client_mode,
+            wait_timeout=config.rpc_timeout_s,
+            record_validator=_BoundedValues(),
+            # No caches: only `latest=True` sees new peers, so they would never be read.
+            cache_locally=False,
+            cache_nearest=0,
+            cache_on_store=False,
+            cache_refresh_before_expiry=0,
+            reuse_get_requests=False,
+        )
+        self._directory = HivemindDirectory(self._node)
+        if others:
+            await _join(self._node, others)
+        self._spawn(self._watch_daemon(self._daemon), "daemon watcher")
+        if config.relay or config.map_ports:
+            self._spawn(self._keep_addresses(), "address refresh")
+
+    async def _refresh_addresses(self) -> None:
+        assert self._p2p is not None
+        try:
+            self._addresses = tuple(str(address) for address in await self._p2p.get_visible_maddrs(latest=True))
+        except ValueError:  # hivemind's way to say that there are none
+            self._addresses = ()
+
+    async def _keep_addresses(self) -> None:
+        while True:
+            await asyncio.sleep(ADDRESS_REFRESH_S)
+            await self._refresh_addresses()
+
+    async def _watch_daemon(self, daemon: Daemon) -> None:
+        status = await daemon.wait()
+        # Every stream has ended with it, and dials fail from now on; whoever owns this transport has to open a new one.
+        logger.error("the network daemon ended with status %d peer=%s", status, self._peer_id)
+
+    # --- streams ------------------------------------------------------------------------------------------------------
+
+    async def _ask(self, request: p2pd_pb2.Request) -> FramedSocket:
+        """Send `request` to the daemon on a new socket; return it when the daemon agrees.
+
+        Raises StreamLostError if the daemon refuses or is gone.
+        """
+        if self._is_closed:
+            raise StreamLostError("the transport is closed")
+        path, loop = str(self._path("control.sock")), asyncio.get_running_loop()
+        try:
+            _, socket = await loop.create_unix_connection(self._new_socket, path)
+        except OSError as error:
+            raise StreamLostError(f"the network daemon is gone: {error.strerror}") from error
+        try:
+            socket.write_raw(frame_message(request.SerializeToString()))
+            response = p2pd_pb2.Response.FromString(await socket.receive_preamble())
+            if response.type == p2pd_pb2.Response.ERROR:
+                raise StreamLostError(str(response.error.msg))
+        except BaseException:
+            socket.abort()
+            raise
+        return socket
+
+    def _new_socket(self) -> FramedSocket:
+        socket = FramedSocket(self._scratch, on_end=self._sockets.discard)
+        self._sockets.add(socket)
+        return socket
+
+    def _accept(self) -> FramedSocket:
+        socket = FramedSocket(self._scratch, self._on_incoming, self._sockets.discard)
+        self._sockets.add(socket)
+        return socket
+
+    def _on_incoming(self, socket: FramedSocket) -> None:
+        """Start the handler of a new stream, whose preamble says who opened it and for what."""
+        assert socket.preamble is not None
+        info = p2pd_pb2.StreamInfo.FromString(socket.preamble)
+        stream = FramedStream(PeerId(PeerID(info.peer).to_base58()), socket)
+        handler = self._handlers.get(info.proto)
+        if handler is None or self._is_closed:
+            socket.abort()
+        elif self._num_incoming >= self._config.max_incoming_streams:
+            logger.debug("stream refused, %d are open peer=%s", self._num_incoming, stream.peer_id)
+            socket.abort()
+        else:
+            self._num_incoming += 1
+            self._spawn(self._run_handler(info.proto, handler, stream), f"{info.proto} handler")
+
+    async def _run_handler(self, protocol: str, handler: StreamHandler, stream: FramedStream) -> None:
+        try:
+            await handler(stream)
+        except StreamLostError:
+            logger.debug("stream of %s lost peer=%s", protocol, stream.peer_id)
+        except Exception:
+            logger.exception("the handler of %s failed peer=%s", protocol, stream.peer_id)
+        finally:
+            self._num_incoming -= 1
+            await stream.close()
+
+    def _spawn(self, coroutine: Any, name: str) -> None:
+        task = asyncio.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _path(self, name: str) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name, name)
+
+
+class HivemindDirectory:
+    """The directory in hivemind's DHT (Kademlia)."""
+
+    def __init__(self, node: DHTNode) -> None:
+        self._node = node
+
+    async def store(self, key: str, subkey: str, value: bytes, expires_at_s: float) -> bool:
+        """Store at the peers whose ids are nearest to the key's. Raises InvalidRecordError if it is too big or late."""
+        check_value(subkey, value, expires_at_s - get_dht_time())
+        stored = await self._node.store_many([key], [value], [float(expires_at_s)], subkeys=[subkey])
+        return bool(stored[key, subkey])
+
+    async def lookup(self, keys: Sequence[str]) -> Mapping[str, Mapping[str, bytes]]:
+        """Ask the peers that are nearest to the keys, never a cache: the nodes of the last seconds count."""
+        found = await self._node.get_many(list(keys), sufficient_expiration_time=float("inf"))
+        now_s = get_dht_time()
+        return {key: _usable_values(found[key], now_s) for key in keys}
+
+
+class _BoundedValues(RecordValidatorBase):  # type: ignore[misc]  # hivemind is untyped; subclassing is its way in
+    """Keeps out of this peer's storage what `directory_rules` refuses."""
+
+    def validate(self, record: DHTRecord) -> bool:
+        """Whether to store `record`, or to believe it when another peer answers with it."""
+        tolerated_now_s = get_dht_time() + MAX_DHT_TIME_DISCREPANCY_SECONDS
+        return is_storable(record.subkey, record.value, record.expiration_time - tolerated_now_s)
+
+    def merge_with(self, other: RecordValidatorBase) -> bool:
+        """Two of a kind are one."""
+        return isinstance(other, _BoundedValues)
+
+
+def _usable_values(found: Any, now_s: float) -> dict[str, bytes]:
+    """Return what is well-formed of an answer of the DHT, which comes from strangers."""
+    if found is None or not isinstance(found.value, dict):
+        return {}
+    return {
+        subkey: item.value
+        for subkey, item in found.value.items()
+        if isinstance(subkey, str) and isinstance(item.value, bytes) and item.expiration_time > now_s
+    }
+
+
+async def _join(node: DHTNode, peers: Mapping[PeerId, str]) -> None:
+    """Get to know the peers of the directory, starting from `peers`. The caller sets the deadline.
+
+    Done here and not by `DHTNode.create`, which leaves tasks behind and says neither who failed nor why.
+    """
+    while True:
+        answers = await asyncio.gather(*(_ping(node, PeerID.from_base58(peer)) for peer in peers))
+        offsets_s = [offset_s for offset_s in answers if offset_s is not None]
+        if offsets_s:
+            break
+        await asyncio.sleep(PING_RETRY_S)
+    offset_s = statistics.median(offsets_s)
+    if abs(offset_s) > MAX_DHT_TIME_DISCREPANCY_SECONDS:
+        direction = "behind" if offset_s > 0 else "ahead of"
+        raise ConfigError(
+            f"the clock of this machine is off: {abs(offset_s):.1f} s {direction} the swarm's, "
+            f"at most {MAX_DHT_TIME_DISCREPANCY_SECONDS} s are allowed; set it, or let NTP set it"
+        )
+    await node.find_nearest_nodes([node.node_id])
+
+
+async def _ping(node: DHTNode, peer: PeerID) -> float | None:
+    """Enter `peer` into the routing table; return how far its clock is ahead of ours, in s, or None if it is silent."""
+    sent_s = get_dht_time()
+    try:
+        stub = node.protocol.get_stub(peer)
+        request = dht_pb2.PingRequest(peer=node.protocol.node_info, validate=True)
+        answer = await stub.rpc_ping(request, timeout=node.protocol.wait_timeout)
+    except Exception as error:  # hivemind raises whatever happens below it
+        logger.debug("no answer from initial peer: %r peer=%s", error, peer)
+        return None
+    received_s = get_dht_time()
+    if not node.protocol.client_mode and not answer.available:
+        logger.warning("initial peer cannot reach this one back: a firewall or NAT is in the way peer=%s", peer)
+    peer_s = float(answer.dht_time)
+    if await node.protocol.call_ping(peer) is None:
+        return None
+    offset_s: float = min(peer_s - sent_s, 0.0) + max(peer_s - received_s, 0.0)
+    return offset_s
+
+
+async def _shut_down(node: DHTNode) -> None:
+    """End the node and what it left running."""
+    try:
+        async with asyncio.timeout(UNREGISTER_TIMEOUT_S):
+            await node.shutdown()
+    except Exception as error:
+        logger.debug("the directory did not shut down cleanly: %r", error)
+    await _disconnect(node.p2p)
+
+
+async def _disconnect(p2p: P2P) -> None:
+    """Close the connection to the daemon, and let everything that waits for an answer of it fail and end."""
+    control = p2p._client.control
+    await p2p.shutdown()
+    for _ in range(10):  # a failed call may lead to another one
+        for call in list(control._pending_calls.values()):
+            if not call.done():
+                call.set_exception(ConnectionResetError("the transport is closed"))
+        await asyncio.sleep(0)
+    tasks = [control._read_task, control._write_task, *control._handler_tasks.values()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _parse_multiaddr(address: str) -> Multiaddr:
+    try:
+        return Multiaddr(address)
+    except Exception as error:  # the parser raises KeyError, ValueError and its own classes
+        raise ConfigError(f"not a multiaddress, such as /ip4/1.2.3.4/tcp/31337/p2p/12D3KooW…: {address!r}") from error
+
+
+def _peer_in(address: str) -> PeerId:
+    parsed = _parse_multiaddr(address)
+    try:
+        return PeerId(PeerID.from_base58(parsed["p2p"]).to_base58())
+    except Exception as error:
+        raise ConfigError(f"the multiaddress {address!r} names no peer: it has to end with /p2p/12D3KooW…") from error
