@@ -118,6 +118,37 @@ TINY_CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
     "smollm3": ("smollm3", {**_LLAMA_LIKE, "no_rope_layers": [1, 0, 1, 1, 0], "layer_types": None}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_LLAMA_LIKE,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 6,
+            "first_k_dense_replace": 2,
+        },
+    ),
+    "gemma4_text": (
+        "gemma4_text",
+        {
+            **_LLAMA_LIKE,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 6,
+            "layer_types": _ALTERNATING,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+        },
+    ),
+    "olmo": ("olmo", _LLAMA_LIKE),
     "granite": ("granite", {**_LLAMA_LIKE, "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
     "opt": (
         "opt",
@@ -132,6 +163,7 @@ TINY_CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "pad_token_id": 3,
         },
     ),
+    "gptj": ("gptj", {**_GPT_LIKE, "n_embd": 32, "n_layer": NUM_BLOCKS, "n_head": 4, "rotary_dim": 4}),
     "gpt2": (
         "gpt2",
         {

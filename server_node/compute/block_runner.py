@@ -34,7 +34,7 @@ class BlockRunner:
     ) -> torch.Tensor:
         """Return the hidden states (batch, seq, hidden) after `blocks`, with the cache grown by these tokens.
 
-        A `position` below the cache's rolls it back first; `row_order` then permutes its rows. If the step fails,
+        `row_order` permutes the cache's rows first, and a `position` below its own rolls it back. If the step fails,
         the tokens before `position` are still there. Raises PositionError, MaxLengthError, InvalidTensorError,
         BlocksNotServedError, and InvalidRequestError for a bad row order.
         """
@@ -49,9 +49,10 @@ class BlockRunner:
         if position + num_tokens > cache.max_tokens:
             raise MaxLengthError(position, num_tokens, cache.max_tokens)
         with torch.inference_mode():
-            cache.rollback(position)
+            # The row order may be refused, so it goes first.
             if row_order is not None:
                 cache.reorder(row_order)
+            cache.rollback(position)
             if not num_tokens:
                 return hidden_states
             return self.module(self._placed(hidden_states), cache=cache, blocks=blocks)  # type: ignore[no-any-return]

@@ -23,7 +23,7 @@ PAGE_TOKENS = 64
 
 def kv_bytes_per_token(config: PreTrainedConfig, blocks: Span, dtype: torch.dtype) -> int:
     """Return the size in bytes of one token's keys and values in all of `blocks`, for one row."""
-    return len(blocks) * families.kv_bytes_per_token(config, dtype)
+    return sum(families.kv_bytes_per_token(config, block, dtype) for block in range(blocks.start, blocks.end))
 
 
 class KVCache(Cache):  # type: ignore[misc]

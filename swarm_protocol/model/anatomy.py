@@ -23,7 +23,7 @@ from swarm_protocol.spans import Span
 class Anatomy:
     """Where the parts of a causal language model are: `decoder` is the base model's path, `blocks` its list's name.
 
-    `edges` are the base model's other children that hold weights; `embeddings` and `positions` are among them.
+    `edges` are the base model's other children that work on hidden states or make them; `positions` is among them.
     """
 
     decoder: str
@@ -80,7 +80,7 @@ def build_empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     try:
         with torch.device("meta"), no_init_weights():
             return model_class._from_config(copy.deepcopy(config), dtype=dtype)
-    except (AttributeError, ImportError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, LookupError, *families.CONFIG_ERRORS) as error:
         raise UnsupportedFamilyError(f"{config.model_type}: no model can be built of its config: {error}") from error
 
 
@@ -93,9 +93,11 @@ def find_anatomy(model: PreTrainedModel, num_blocks: int | None = None) -> Anato
         raise UnsupportedFamilyError(f"{family} cannot be cut into spans: it has no list of {wanted} blocks")
     path, _, blocks = min(lists, key=lambda name: name.count(".")).rpartition(".")
     decoder = model.get_submodule(path)
+    if not isinstance(decoder, PreTrainedModel):
+        raise UnsupportedFamilyError(f"{family} cannot be cut into spans: its blocks are not called by a base model")
     if next(decoder.parameters(recurse=False), None) is not None:
         raise UnsupportedFamilyError(f"{family} cannot be cut into spans: its base model holds weights of its own")
-    edges = tuple(name for name, child in decoder.named_children() if name != blocks and _has_weights(child))
+    edges = tuple(name for name, child in decoder.named_children() if name != blocks and _is_edge(child))
     positions = families.traits_of(config).positions
     embeddings = model.get_input_embeddings()
     for name in edges:
@@ -112,7 +114,8 @@ def probe_block_result(decoder: nn.Module, anatomy: Anatomy, dtype: torch.dtype,
     between blocks, that a span would do once more.
     """
     config: PreTrainedConfig = decoder.config
-    probe = torch.rand(2, 3, config.hidden_size, device=device, dtype=torch.float32).to(dtype)
+    # A generator of its own: whoever seeded torch's must not find it moved.
+    probe = torch.rand(2, 3, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     slot = BlocksSlot(_PassThrough(), next(iter(getattr(decoder, anatomy.blocks))))
     bare = with_blocks(decoder, anatomy.blocks, [slot], Span(0, 1)).eval()
     problem: Exception | None = None
@@ -120,10 +123,10 @@ def probe_block_result(decoder: nn.Module, anatomy: Anatomy, dtype: torch.dtype,
         try:
             with torch.inference_mode():
                 output = bare(inputs_embeds=probe, use_cache=False, return_dict=True).last_hidden_state
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (LookupError, *families.CONFIG_ERRORS) as error:
             problem = error
             continue
-        if output.shape == probe.shape and torch.equal(output, probe):
+        if isinstance(output, torch.Tensor) and torch.equal(output, probe):
             return slot.returns_tuple
     raise UnsupportedFamilyError(
         f"{config.model_type} cannot be cut into spans: its base model does more than to chain its blocks"
@@ -175,6 +178,11 @@ def _config_of(config: PreTrainedConfig, blocks: Span) -> PreTrainedConfig:
             setattr(part, name, value[blocks.start : blocks.end])
     part.num_hidden_layers = len(blocks)
     return part
+
+
+def _is_edge(module: nn.Module) -> bool:
+    # Some norms have no weights; rotary embeddings, which belong to the blocks, have none either.
+    return _has_weights(module) or "norm" in type(module).__name__.lower()
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -153,7 +153,7 @@ class SafetensorsCheckpoint:
                 raise CheckpointError(f"{file_name} of {self.name} lacks the tensor {name!r} that the index names")
             return read_tensor(self.fetch(file_name), entry)
 
-        return StoredTensor(read)
+        return StoredTensor(read, lambda: self._entries(self.file_of[name]))
 
     @cached_property
     def _headers(self) -> dict[str, dict[str, TensorEntry]]:
@@ -169,7 +169,9 @@ def _unpacked(blocks: StoredTensor, scales: StoredTensor) -> StoredTensor:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     # Packed 4-bit experts (OCP Microscaling) become plain bf16 weights, as transformers does where it lacks kernels.
-    return StoredTensor(lambda: convert_moe_packed_tensors(blocks[...], scales[...]))
+    return StoredTensor(
+        lambda: convert_moe_packed_tensors(blocks[...], scales[...]), lambda: (blocks.prepare(), scales.prepare())
+    )
 
 
 def _open_folder(folder: Path, name: str, progress: Progress | None) -> SafetensorsCheckpoint:
@@ -235,7 +237,7 @@ def read_config(folder: Path, name: str) -> tuple[PreTrainedConfig, str | None]:
     families.check_model_type(fields)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, KeyError, *families.CONFIG_ERRORS) as error:
         raise UnsupportedFamilyError(f"{fields['model_type']}: its config.json cannot be used: {error}") from error
     families.check_config(config)
     quantization = fields.get("quantization_config")

@@ -11,9 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from swarm_protocol.errors import UnsupportedFamilyError
+
+CONFIG_ERRORS = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError, StrictDataclassError)
+"""What transformers raises when a configuration contradicts itself or its classes do not work together."""
 
 ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention"})
 """The kinds of layers whose keys and values are a cache by position, which is what a session keeps and rolls back."""
@@ -53,27 +57,28 @@ def traits_of(config: PreTrainedConfig) -> Traits:
     return _TRAITS.get(config.model_type, _PLAIN)
 
 
-def kv_heads(config: PreTrainedConfig) -> tuple[int, int, int]:
+def kv_bytes_per_token(config: PreTrainedConfig, block: int, dtype: torch.dtype) -> int:
+    """Return the size in bytes of one token's keys and values in a block of the model, for one row."""
+    # Newer families give blocks configurations of their own, and refuse to answer for all of them at once.
+    num_heads, key_dim, value_dim = _kv_heads(config.per_layer_config[block])
+    return num_heads * (key_dim + value_dim) * dtype.itemsize
+
+
+def _kv_heads(config: PreTrainedConfig) -> tuple[int, int, int]:
     """Return the number of heads that are cached, and the size of a cached key and of a value."""
+    if getattr(config, "kv_lora_rank", None):
+        # Latent attention caches one latent and one rotated part for all heads.
+        return 1, int(config.kv_lora_rank), int(config.qk_rope_head_dim)
     num_heads = int(config.num_attention_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // num_heads)
+    num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
     if config.model_type == "falcon":
         # The new architecture repeats its keys for every query head before it caches them.
-        if config.new_decoder_architecture:
-            return num_heads, head_dim, head_dim
-        return (1 if config.multi_query else int(config.num_kv_heads)), head_dim, head_dim
-    if config.model_type == "gpt_bigcode":
-        return (1 if config.multi_query else num_heads), head_dim, head_dim
-    if getattr(config, "kv_lora_rank", None):
-        # Latent attention is cached unfolded: a key has a part with and one without rotation.
-        return num_heads, int(config.qk_nope_head_dim + config.qk_rope_head_dim), int(config.v_head_dim)
-    return int(getattr(config, "num_key_value_heads", None) or num_heads), head_dim, head_dim
-
-
-def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Return the size in bytes of one token's keys and values in one block."""
-    num_heads, key_dim, value_dim = kv_heads(config)
-    return num_heads * (key_dim + value_dim) * dtype.itemsize
+        repeats = config.new_decoder_architecture
+        num_kv_heads = num_heads if repeats else 1 if config.multi_query else int(config.num_kv_heads)
+    elif config.model_type == "gpt_bigcode" and config.multi_query:
+        num_kv_heads = 1
+    return num_kv_heads, head_dim, head_dim
 
 
 def check_model_type(fields: Mapping[str, Any]) -> None:

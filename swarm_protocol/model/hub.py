@@ -6,7 +6,6 @@ Only safetensors are ever asked for, no pickles and no code.
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -14,8 +13,8 @@ from swarm_protocol.errors import CheckpointError
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
-# LocalEntryNotFoundError and OfflineModeIsEnabled are OSErrors of the hub's library.
-_HUB_ERRORS = (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError)
+# What the hub's library raises without a network are OSErrors.
+_HUB_ERRORS = (HfHubHTTPError, HFValidationError, OSError)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,9 +38,13 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that is still on disk; `tensor[...]` reads it, which is what transformers' loader does, too."""
+    """A tensor that is still on disk; `tensor[...]` reads it, which is what transformers' loader does, too.
+
+    That loader reads from threads of its own. `prepare` does before what must not happen there: it fetches the file.
+    """
 
     read: Callable[[], torch.Tensor]
+    prepare: Callable[[], object] = lambda: None
 
     def __getitem__(self, index: EllipsisType) -> torch.Tensor:
         return self.read()

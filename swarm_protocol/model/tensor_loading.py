@@ -46,6 +46,8 @@ class TensorLoader:
             dtype_plan=model._get_dtype_plan(dtype),
             weight_mapping=copy.deepcopy(self._conversions),
         )
+        for tensor in self._groups[block].values():
+            tensor.prepare()
         with _no_progress_bar():
             info, _ = convert_and_load_state_dict_in_model(model, self._groups[block], plan)
         if info.mismatched_keys:
