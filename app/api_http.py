@@ -1,0 +1,102 @@
+"""`POST /api/v1/generate`, the predecessor's one-shot API, and the probes."""
+
+import select
+import socket
+from typing import Any
+
+from flask import Flask, Response, jsonify, request
+
+from app.api_errors import error_response
+from app.chat_protocol import LegacyGenerate, parse_fields
+from app.errors import SiteDrainingError
+from app.legacy_generation import legacy_replies
+from app.limits import session_length
+from app.site import Site
+from swarm_protocol.errors import InvalidRequestError
+
+EXTRA_TOKENS = 16  # special tokens that are added to a prompt, and a margin
+FIELDS = ("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+
+
+class PeerGoneError(Exception):
+    """The client of a request closed its connection."""
+
+
+def register(app: Flask, site: Site) -> None:
+    """Serve the one-shot API and the probes in `app`."""
+
+    @app.post("/api/v1/generate")
+    def generate() -> Response:
+        try:
+            with site.http_generations.take():
+                outputs = _generate(site, _arguments())
+        except PeerGoneError:
+            return Response(status=499)
+        except Exception as error:
+            # Clients of the predecessor read the body alone, and expect 200 whatever happened.
+            is_strict = request.args.get("strict") in ("1", "true")
+            return error_response(error, status=None if is_strict else 200)
+        return jsonify(ok=True, outputs=outputs)
+
+    @app.get("/healthz")
+    def healthz() -> Response:
+        return jsonify(status="ok", websockets=site.sockets.taken)
+
+    @app.get("/readyz")
+    def readyz() -> Response:
+        status = "draining" if site.drain.is_started else "ready" if site.models.is_ready else "loading"
+        models = {entry.name: entry.status for entry in site.models.entries()}
+        response = jsonify(status=status, models=models)
+        response.status_code = 200 if site.is_ready else 503
+        return response
+
+
+def _arguments() -> dict[str, Any]:
+    """Return the request's fields from its query, form or JSON; empty strings in a form mean absent."""
+    if request.is_json:
+        values = request.get_json(silent=True)
+        if not isinstance(values, dict):
+            raise InvalidRequestError("the body is not a JSON object")
+        return {**request.args.to_dict(), **values}
+    found: dict[str, Any] = request.values.to_dict()
+    return {name: value for name, value in found.items() if not (name in FIELDS and value == "")}
+
+
+def _generate(site: Site, values: dict[str, Any]) -> str:
+    """Return the continuation of `inputs`, without the prompt, from a session of its own."""
+    if site.drain.is_started:
+        raise SiteDrainingError
+    command = parse_fields(LegacyGenerate, values).model_copy(
+        update={"stop_sequence": None, "extra_stop_sequences": []}
+    )
+    if not command.inputs:
+        raise InvalidRequestError("inputs: a text to continue is needed")
+    name = values.get("model")
+    model = site.models.find(None if name is None else str(name))
+    num_tokens = len(model.encode(command.inputs)) + EXTRA_TOKENS
+    asked = num_tokens + command.max_new_tokens if command.max_new_tokens else command.max_length
+    session = model.open_session(session_length(asked, model.max_length, site.config.generation))
+    outputs = ""
+    try:
+        with site.drain.cancelling(session.cancel):
+            for reply in legacy_replies(model, session, command):
+                if reply is not None:
+                    outputs += reply.outputs
+                if _is_peer_gone():
+                    raise PeerGoneError
+    finally:
+        session.close()
+    return outputs
+
+
+def _is_peer_gone() -> bool:
+    """Return whether the client closed its connection, by a look at gunicorn's socket that takes nothing from it."""
+    sock = request.environ.get("gunicorn.socket")
+    if not isinstance(sock, socket.socket):
+        return False
+    poller = select.poll()
+    poller.register(sock.fileno(), select.POLLIN)
+    try:
+        return bool(poller.poll(0)) and not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError:
+        return True

@@ -1,0 +1,347 @@
+"""Pure: websocket frames to commands, and events to frames, for the predecessor's protocol 2 and for protocol 3.
+
+A socket speaks the protocol that its first frame opens, and keeps to it:
+
+    protocol 2   open_inference_session → {ok}; generate → {ok, outputs, stop, token_count} …; an error ends the socket
+    protocol 3   {type: open, protocol: 3} → opened; generate → started, delta …, done; cancel; ping → pong; error
+
+Frames may be sent ahead of the answers. In protocol 2 a generate waits for the one before it; in protocol 3 it is
+refused as `busy` while another runs. Unknown fields are ignored, so that later versions may add some.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from app.errors import ErrorReport
+from swarm_client.generation.text_session import ChatMessage, FinishReason
+from swarm_protocol.errors import InvalidRequestError, MalformedFrameError
+
+ProtocolVersion = Literal[2, 3]
+
+MAX_STOPS, MAX_STOP_CHARS = 16, 256  # the predecessor's clients send up to 6 stops; longer ones are prompts by mistake
+MAX_MESSAGES = 1000  # far above what fits in any context
+MAX_TOKENS = 2**31 - 1
+
+
+def _none_as_default(default: object) -> BeforeValidator:
+    return BeforeValidator(lambda value: default if value is None else value)
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Stops = Annotated[
+    list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list), _none_as_default(())
+]
+TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None
+RequestId = Annotated[str, Field(max_length=64)]
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+FieldsT = TypeVar("FieldsT", bound=_Fields)
+
+
+class Sampling(_Fields):
+    """How tokens are chosen; None everywhere means the default of the one who applies it."""
+
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+
+
+class LegacyGenerate(Sampling):
+    """Protocol 2 `generate`, and the fields of `POST /api/v1/generate`."""
+
+    inputs: str | None = None
+    max_new_tokens: TokenCount = None
+    max_length: TokenCount = None
+    do_sample: Annotated[bool, _none_as_default(False)] = False
+    stop_sequence: Stop | None = None
+    extra_stop_sequences: Stops = Field(default_factory=list)
+
+
+class LegacyOpen(_Fields):
+    """Protocol 2 `open_inference_session`; `model` None means the site's first model."""
+
+    model: str | None = None
+    max_length: TokenCount = None
+
+
+class Open(_Fields):
+    """Protocol 3 `open`."""
+
+    model: str | None = None
+    max_length: TokenCount = None
+
+
+class Message(_Fields):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Params(Sampling):
+    """The `params` of a protocol 3 `generate`."""
+
+    max_new_tokens: TokenCount = Field(
+        default=None, validation_alias=AliasChoices("max_new_tokens", "max_tokens")
+    )
+    do_sample: bool | None = None
+
+
+class Generate(_Fields):
+    """Protocol 3 `generate`: the whole conversation, of which the session computes only what is new."""
+
+    id: RequestId
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    params: Annotated[Params, _none_as_default({})] = Params()
+    stop: Stops = Field(default_factory=list)
+
+    def chat_messages(self) -> tuple[ChatMessage, ...]:
+        """Return the conversation in the client library's terms."""
+        return tuple(ChatMessage(message.role, message.content) for message in self.messages)
+
+
+class Cancel(_Fields):
+    """Protocol 3 `cancel`: end the generation `id`, or whichever runs; the session stays."""
+
+    id: RequestId | None = None
+
+
+class Ping(_Fields):
+    """Protocol 3 `ping`, for proxies that count only frames of an application."""
+
+    id: RequestId | None = None
+
+
+Command = LegacyOpen | LegacyGenerate | Open | Generate | Cancel | Ping
+
+_COMMANDS: dict[tuple[ProtocolVersion | None, str], type[_Fields]] = {
+    (None, "open_inference_session"): LegacyOpen,
+    (None, "open"): Open,
+    (2, "generate"): LegacyGenerate,
+    (3, "open"): Open,
+    (3, "generate"): Generate,
+    (3, "cancel"): Cancel,
+    (3, "ping"): Ping,
+}
+
+
+def decode_object(frame: str | bytes) -> dict[str, Any]:
+    """Return the JSON object in a text frame. Raises MalformedFrameError."""
+    if isinstance(frame, bytes):
+        raise MalformedFrameError("binary frames are not understood here; send JSON as text")
+    try:
+        value = json.loads(frame)
+    except (ValueError, RecursionError):
+        raise MalformedFrameError("the frame is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise MalformedFrameError(f"a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def parse_fields(kind: type[FieldsT], values: Any) -> FieldsT:
+    """Return `values` checked against `kind`. Raises InvalidRequestError naming the first wrong field."""
+    try:
+        return kind.model_validate(values)
+    except (ValidationError, RecursionError) as error:
+        raise InvalidRequestError(_first_problem(error)) from None
+
+
+def _first_problem(error: ValidationError | RecursionError) -> str:
+    if not isinstance(error, ValidationError):
+        return "the request is nested too deeply"
+    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])[:100]
+    return f"{where or 'request'}: {problem['msg']}"
+
+
+def request_id_of(values: dict[str, Any]) -> str | None:
+    """Return the `id` by which a client knows its request, if it sent a usable one."""
+    found = values.get("id")
+    return found if isinstance(found, str) and len(found) <= 64 else None
+
+
+def parse_command(values: dict[str, Any], protocol: ProtocolVersion | None) -> Command:
+    """Return the command in a frame's object; `protocol` is None until the socket is opened.
+
+    Raises InvalidRequestError for a type that is unknown or out of order, and for a field out of its range.
+    """
+    found = values.get("type")
+    kind = _COMMANDS.get((protocol, found)) if isinstance(found, str) else None
+    if kind is None:
+        allowed = ", ".join(name for version, name in _COMMANDS if version == protocol)
+        raise InvalidRequestError(f"type {str(found)[:40]!r} is not understood here; expected: {allowed}")
+    if kind is Open and values.get("protocol") != 3:
+        raise InvalidRequestError("open needs \"protocol\": 3; the older protocol starts with open_inference_session")
+    return parse_fields(kind, values)  # type: ignore[return-value]
+
+
+def parse_frame(frame: str | bytes, protocol: ProtocolVersion | None) -> Command:
+    """Return the command in a frame. Raises MalformedFrameError or InvalidRequestError, and nothing else."""
+    return parse_command(decode_object(frame), protocol)
+
+
+def is_cancel_of(frame: str | bytes, generation_id: str) -> bool:
+    """Return whether a frame cancels the running generation; cheap, for the thread that reads the socket."""
+    if not isinstance(frame, str) or len(frame) > 512 or "cancel" not in frame:
+        return False
+    try:
+        command = parse_frame(frame, 3)
+    except (MalformedFrameError, InvalidRequestError):
+        return False
+    return isinstance(command, Cancel) and command.id in (None, generation_id)
+
+
+@dataclass(frozen=True, slots=True)
+class LegacyReply:
+    """A piece of an answer in protocol 2; `outputs` includes the stop sequence."""
+
+    outputs: str
+    stop: bool
+    token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The answer to a protocol 3 `open`."""
+
+    session_id: str
+    model: str
+    max_length: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one generation; the cached ones are part of the prompt and were not computed again."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Times of one generation as the site saw them; None where there was no token to time."""
+
+    ttft_s: float | None
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of an answer in protocol 3; `tokens` is the number of tokens behind the text."""
+
+    id: str
+    seq: int
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of an answer in protocol 3."""
+
+    id: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+def _dump(**values: object) -> str:
+    return json.dumps(values, separators=(",", ":"))
+
+
+def legacy_opened_frame() -> str:
+    """Return the answer to `open_inference_session`: clients know it by the missing `outputs`."""
+    return _dump(ok=True)
+
+
+def legacy_reply_frame(reply: LegacyReply) -> str:
+    """Return a protocol 2 piece of an answer."""
+    return _dump(ok=True, outputs=reply.outputs, stop=reply.stop, token_count=reply.token_count)
+
+
+def legacy_error(report: ErrorReport) -> dict[str, object]:
+    """Return the object that tells an error in protocol 2 and in `POST /api/v1/generate`."""
+    return {"ok": False, "traceback": report.one_line, "error": error_object(report)}
+
+
+def legacy_error_frame(report: ErrorReport) -> str:
+    """Return a protocol 2 error."""
+    return _dump(**legacy_error(report))
+
+
+def error_object(report: ErrorReport) -> dict[str, object]:
+    """Return the fields that every way of telling an error shares."""
+    return {
+        "code": report.code,
+        "message": report.message,
+        "retryable": report.retryable,
+        "request_id": report.request_id,
+    }
+
+
+def opened_frame(event: Opened) -> str:
+    """Return the answer to `open`."""
+    return _dump(
+        type="opened",
+        protocol=3,
+        session_id=event.session_id,
+        model={"id": event.model, "context_length": event.max_length},
+        limits={"max_length": event.max_length, "max_new_tokens": event.max_new_tokens},
+    )
+
+
+def started_frame(generation_id: str) -> str:
+    """Return the note that a generation was accepted and runs."""
+    return _dump(type="started", id=generation_id)
+
+
+def delta_frame(event: Delta) -> str:
+    """Return a piece of an answer."""
+    return _dump(type="delta", id=event.id, seq=event.seq, text=event.text, tokens=event.tokens)
+
+
+def done_frame(event: Done) -> str:
+    """Return the end of an answer."""
+    usage, timings = event.usage, event.timings
+    return _dump(
+        type="done",
+        id=event.id,
+        finish_reason=event.finish_reason,
+        usage={
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "cached_tokens": usage.cached_tokens,
+        },
+        timings={"ttft_s": timings.ttft_s, "tokens_per_s": timings.tokens_per_s},
+    )
+
+
+def error_frame(report: ErrorReport, generation_id: str | None) -> str:
+    """Return a protocol 3 error; `generation_id` None when it belongs to no generation."""
+    return _dump(type="error", id=generation_id, **error_object(report))
+
+
+def pong_frame(ping: Ping) -> str:
+    """Return the answer to a ping."""
+    return _dump(type="pong") if ping.id is None else _dump(type="pong", id=ping.id)
+
+
+def bye_frame(reason: str) -> str:
+    """Return the last frame before the site closes a protocol 3 socket of its own will."""
+    return _dump(type="bye", reason=reason)

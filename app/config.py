@@ -1,0 +1,119 @@
+"""The site's settings: frozen dataclasses, and the environment variables that fill them.
+
+Every variable has the field's name in capitals with `UMBEL_` in front (`UMBEL_WS_MAX`), but `PORT`, which hosts set.
+Lists are separated by commas or white space.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from swarm_protocol.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class SocketLimits:
+    """What one websocket, and all of them together, may use."""
+
+    ws_max: int = 200  # sockets; each holds a pool thread and a reader thread, 64 kB (measured 2026-11)
+    max_frame_bytes: int = 262_144  # a conversation of 8,000 tokens is about 40 kB
+    max_queued_frames: int = 64  # frames waiting while an answer is generated; a person's page sends one or two
+    max_queued_bytes: int = 1_048_576  # of the same queue
+    idle_s: float = 300.0  # the predecessor's limit
+    send_timeout_s: float = 10.0  # a reader that takes nothing for so long is dropped
+    ping_interval_s: float = 25.0  # below the idle limits of proxies: 55 s and more
+    drain_s: float = 20.0  # how long running answers may go on after SIGTERM; hosts kill after 30 s
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationLimits:
+    """Bounds and defaults of one generation."""
+
+    session_max_length: int = 8192  # tokens; a model's own limit applies too
+    max_new_tokens: int = 1024  # of an answer whose request names no number, or a higher one
+    http_max: int = 24  # HTTP requests that generate at the same time
+    temperature: float = 0.6  # when a protocol 3 request names none; 0 is greedy
+    top_p: float = 0.9  # likewise
+
+
+@dataclass(frozen=True, slots=True)
+class SecurityConfig:
+    """Who may use what from where."""
+
+    public_api: bool = True  # the v1 and v2 API for everybody; no cookie is involved
+    allowed_origins: tuple[str, ...] = ()  # pages of other origins that may use everything, as scheme://host[:port]
+    trusted_hosts: tuple[str, ...] = ()  # Host headers that are answered; empty for all
+    trusted_proxies: int = 0  # proxies in front whose X-Forwarded-* headers are believed
+    hsts: bool = False  # only for sites that are reached by HTTPS alone
+
+
+@dataclass(frozen=True, slots=True)
+class SiteConfig:
+    """Everything that `umbel-chat serve` can be told."""
+
+    models: tuple[str, ...] = ()  # what swarm_client opens: a hub name, a folder, a GGUF file
+    initial_peers: tuple[str, ...] = ()  # multiaddresses of peers through which the swarm is joined
+    host: str = "127.0.0.1"
+    port: int = 5000
+    http_threads: int = 48  # threads beyond those of the sockets, so that pages and probes are always answered
+    sockets: SocketLimits = field(default_factory=SocketLimits)
+    generation: GenerationLimits = field(default_factory=GenerationLimits)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port {self.port} is not between 0 and 65535")
+        if self.sockets.ws_max < 1 or self.http_threads < 4:
+            raise ConfigError(
+                f"at least 1 socket and 4 threads for HTTP are needed, got ws_max={self.sockets.ws_max} "
+                f"and http_threads={self.http_threads}"
+            )
+
+
+_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
+
+
+def _parse(name: str, text: str, default: object) -> object:
+    """Return `text` as a value of the type of `default`."""
+    try:
+        match default:
+            case bool():
+                lowered = text.strip().lower()
+                if lowered not in _TRUE | _FALSE:
+                    raise ValueError
+                return lowered in _TRUE
+            case int():
+                return int(text)
+            case float():
+                return float(text)
+            case tuple():
+                return tuple(text.replace(",", " ").split())
+            case _:
+                return text.strip()
+    except ValueError:
+        raise ConfigError(f"{name}={text!r} is not a value of type {type(default).__name__}") from None
+
+
+def _from_env(config: T, env: Mapping[str, str]) -> T:
+    changes: dict[str, Any] = {}
+    for part in fields(config):  # type: ignore[arg-type]
+        default = getattr(config, part.name)
+        name = "PORT" if part.name == "port" else f"UMBEL_{part.name.upper()}"
+        if isinstance(default, SocketLimits | GenerationLimits | SecurityConfig):
+            changes[part.name] = _from_env(default, env)
+        elif name in env:
+            changes[part.name] = _parse(name, env[name], default)
+    return replace(config, **changes)  # type: ignore[type-var]
+
+
+def config_from_env(env: Mapping[str, str]) -> SiteConfig:
+    """Return the defaults, changed by what `env` names. Raises ConfigError for a value that cannot be read."""
+    return _from_env(SiteConfig(), env)
+
+
+def environment_config() -> SiteConfig:
+    """Return the configuration that this process's environment gives."""
+    return config_from_env(os.environ)

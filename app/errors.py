@@ -1,0 +1,125 @@
+"""Pure: the errors that only the site raises, beside those of the swarm, and how any error is told to a client.
+
+    SwarmError
+    ├── ModelNotFoundError      model_not_found
+    ├── ModelLoadingError       model_loading       retryable
+    ├── NoCapacityError         no_capacity         retryable
+    ├── BusyError               busy                retryable
+    ├── SessionExpiredError     session_expired     retryable
+    ├── SiteDrainingError       draining            retryable
+    └── OriginError             origin_not_allowed
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from swarm_protocol.errors import SwarmError
+
+
+class ModelNotFoundError(SwarmError):
+    """The site does not offer the model that was asked for."""
+
+    code = "model_not_found"
+
+    def __init__(self, name: str, available: Sequence[str]) -> None:
+        super().__init__(f"model {name[:100]!r} is not served here; available: {', '.join(available) or 'none'}")
+
+
+class ModelLoadingError(SwarmError):
+    """The model is configured, but not loaded yet or not loadable now."""
+
+    code, retryable = "model_loading", True
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"model {name} is still being loaded; try again in a minute")
+
+
+class NoCapacityError(SwarmError):
+    """The site serves as many sockets or requests as it may."""
+
+    code, retryable = "no_capacity", True
+
+    def __init__(self, what: str, limit: int) -> None:
+        super().__init__(f"all {limit} {what} of this site are in use; try again in a minute")
+
+
+class BusyError(SwarmError):
+    """A socket runs one generation at a time."""
+
+    code, retryable = "busy", True
+
+    def __init__(self) -> None:
+        super().__init__("an answer is being generated on this socket; cancel it or wait for its end")
+
+
+class SessionExpiredError(SwarmError):
+    """Nothing was generated on a socket for too long. The wording is matched on by clients of the predecessor."""
+
+    code, retryable = "session_expired", True
+
+    def __init__(self, session_id: str, idle_s: float) -> None:
+        super().__init__(f"Session {session_id} expired: nothing was generated for {idle_s:g} s; open a new one")
+
+
+class SiteDrainingError(SwarmError):
+    """The site is restarting and takes no new work."""
+
+    code, retryable = "draining", True
+
+    def __init__(self) -> None:
+        super().__init__("the site is restarting; connect again in some seconds")
+
+
+class OriginError(SwarmError):
+    """A page of another origin asked for something that is for this site's own pages."""
+
+    code = "origin_not_allowed"
+
+    def __init__(self) -> None:
+        super().__init__("protocol 3 is open to this site's own pages only; use the public v2 protocol instead")
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReport:
+    """What a client is told about an error: never a stack, always a stable code.
+
+    `kind` is the exception's class name, which clients of the predecessor expect at the start of `traceback`.
+    """
+
+    kind: str
+    code: str
+    message: str
+    retryable: bool
+    request_id: str
+
+    @property
+    def one_line(self) -> str:
+        """The error as one line, in the form of the last line of a Python traceback."""
+        return f"{self.kind}: {' '.join(self.message.split())}"
+
+
+def report_error(error: BaseException, request_id: str) -> ErrorReport:
+    """Return what a client may know of `error`; anything that is not a SwarmError becomes `internal_error`."""
+    if isinstance(error, SwarmError):
+        return ErrorReport(type(error).__name__, error.code, str(error), error.retryable, request_id)
+    message = f"something went wrong on the site; its log has the details under {request_id}"
+    return ErrorReport("InternalError", "internal_error", message, True, request_id)
+
+
+HTTP_STATUS = {
+    "model_not_found": 404,
+    "origin_not_allowed": 403,
+    "invalid_request": 400,
+    "malformed_frame": 400,
+    "max_length_exceeded": 400,
+    "frame_too_large": 413,
+    "limit_exceeded": 429,
+    "internal_error": 500,
+    "timeout": 504,
+}
+"""Statuses of errors told by HTTP; a code that is not listed is a 503 when retryable, else a 500."""
+
+
+def http_status(report: ErrorReport) -> int:
+    """Return the HTTP status that fits an error."""
+    return HTTP_STATUS.get(report.code, 503 if report.retryable else 500)

@@ -1,0 +1,141 @@
+"""The models that the site offers: opened in the background at start, found by name afterwards."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from app.config import SiteConfig
+from app.errors import ModelLoadingError, ModelNotFoundError
+from swarm_client.generation.text_session import TextModel
+from swarm_protocol.errors import SwarmError
+
+logger = logging.getLogger(__name__)
+
+ModelStatus = Literal["loading", "ready", "incomplete", "failed"]
+
+MAX_ATTEMPTS = 20  # with the waits below: 15 minutes, in which a swarm that just starts has come up
+FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """How to get one model: the name it was asked for by, and a blocking call that opens it."""
+
+    name: str
+    open: Callable[[], TextModel]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """One model as the site shows it. `missing` are the blocks that nobody serves, in words."""
+
+    name: str
+    status: ModelStatus
+    context_length: int | None
+    missing: tuple[str, ...]
+
+
+def swarm_sources(config: SiteConfig) -> tuple[ModelSource, ...]:
+    """Return the models of `config`, to be opened through the swarm that its peers belong to."""
+
+    def opener(source: str) -> Callable[[], TextModel]:
+        def open_model() -> TextModel:
+            # Here and not above: this loads the numeric libraries, which must happen after gunicorn forked.
+            from swarm_client import open_text_model
+
+            return open_text_model(source, initial_peers=config.initial_peers)
+
+        return open_model
+
+    return tuple(ModelSource(source, opener(source)) for source in config.models)
+
+
+class ModelRegistry:
+    """Opens models one after another in a thread of its own; every method may be called by any thread."""
+
+    def __init__(self, sources: Sequence[ModelSource]) -> None:
+        self._sources = tuple(sources)
+        self._models: dict[str, TextModel] = {}
+        self._failed: set[str] = set()
+        self._stop = threading.Event()
+
+    def start(self, on_ready: Callable[[], None]) -> None:
+        """Begin to open the models; `on_ready` is called once, when all are open. Raises nothing."""
+        threading.Thread(target=self._load_all, args=(on_ready,), name="open-models", daemon=True).start()
+
+    def load(self) -> None:
+        """Open the models in this thread, for tests and scripts."""
+        self._load_all(lambda: None)
+
+    def close(self) -> None:
+        """Stop opening and close what is open."""
+        self._stop.set()
+        for model in self._models.values():
+            close = getattr(model, "close", None)
+            if close is not None:
+                close()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every configured model is open, and there is one."""
+        return bool(self._sources) and len(self._models) == len(self._sources)
+
+    def find(self, name: str | None) -> TextModel:
+        """Return the model called `name`, or the first one. Raises ModelNotFoundError or ModelLoadingError."""
+        for source in self._sources:
+            model = self._models.get(source.name)
+            if name in (None, "", source.name) or (model is not None and model.name == name):
+                if model is None:
+                    raise ModelLoadingError(_public_name(source.name))
+                return model
+        raise ModelNotFoundError(str(name), [entry.name for entry in self.entries()])
+
+    def entries(self) -> list[ModelEntry]:
+        """Return all models in the configured order, the default one first."""
+        return [self._entry(source) for source in self._sources]
+
+    def _entry(self, source: ModelSource) -> ModelEntry:
+        model = self._models.get(source.name)
+        if model is None:
+            status: ModelStatus = "failed" if source.name in self._failed else "loading"
+            return ModelEntry(_public_name(source.name), status, None, ())
+        try:
+            missing = tuple(model.missing_blocks())
+        except SwarmError as error:
+            logger.warning("cannot tell which blocks are served model=%s: %s", model.name, error)
+            missing = ()
+        return ModelEntry(model.name, "incomplete" if missing else "ready", model.max_length, missing)
+
+    def _load_all(self, on_ready: Callable[[], None]) -> None:
+        for source in self._sources:
+            self._load(source)
+        if self.is_ready and not self._stop.is_set():
+            on_ready()
+
+    def _load(self, source: ModelSource) -> None:
+        wait_s = FIRST_WAIT_S
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            try:
+                model = source.open()
+            except SwarmError as error:
+                logger.warning("cannot open model=%s attempt=%d: %s", source.name, attempt, error)
+                if not error.retryable or attempt == MAX_ATTEMPTS or self._stop.wait(wait_s):
+                    break
+                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+            except Exception:
+                logger.exception("cannot open model=%s", source.name)
+                break
+            else:
+                logger.info("opened model=%s max_length=%d", model.name, model.max_length)
+                self._models[source.name] = model
+                return
+        self._failed.add(source.name)
+
+
+def _public_name(source: str) -> str:
+    """Return a name for a model that is not open yet; of a path only the last part, which says enough."""
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        return source.rstrip("/").rsplit("/", 1)[-1]
+    return source

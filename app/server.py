@@ -1,0 +1,83 @@
+"""The site under gunicorn: one worker of threads, started here or by `gunicorn.conf.py`."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flask import Flask
+from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
+
+from app.config import SiteConfig
+from app.factory import create_app, site_of
+
+KEEPALIVE_S = 95  # longer than the 90 s of Heroku's router, which must not find a closed connection
+GRACEFUL_MARGIN_S = 5  # behind the drain of answers, for close frames; together below the 30 s after which hosts kill
+
+
+def announce_ready(host: str, port: int) -> None:
+    """Print the line that says where the site is ready, for people and for scripts that wait for it."""
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host  # noqa: S104
+    shown = f"[{shown}]" if ":" in shown else shown
+    sys.stdout.write(f"ready: http://{shown}:{port}\n")
+    sys.stdout.flush()
+
+
+def gunicorn_settings(config: SiteConfig) -> dict[str, Any]:
+    """Return gunicorn's settings for a site.
+
+    One worker, whatever WEB_CONCURRENCY says: each one would join the swarm and hold the models' ends by itself.
+    Nothing is preloaded: the swarm client's threads and child process must start after the fork.
+    """
+    threads = config.sockets.ws_max + config.http_threads
+
+    def post_worker_init(worker: Any) -> None:
+        port = worker.sockets[0].getsockname()[1]
+        site_of(worker.wsgi).start(
+            is_alive=lambda: bool(worker.alive), on_ready=lambda: announce_ready(config.host, port)
+        )
+
+    def worker_exit(_server: Any, worker: Any) -> None:
+        if isinstance(getattr(worker, "wsgi", None), Flask):
+            site_of(worker.wsgi).models.close()
+
+    return {
+        "bind": [f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"],
+        "workers": 1,
+        "worker_class": "gthread",
+        "threads": threads,
+        "worker_connections": 2 * threads,
+        "timeout": 120,
+        "graceful_timeout": int(config.sockets.drain_s) + GRACEFUL_MARGIN_S,
+        "keepalive": KEEPALIVE_S,
+        "preload_app": False,
+        "max_requests": 0,
+        "control_socket_disable": True,
+        "worker_tmp_dir": "/dev/shm" if Path("/dev/shm").is_dir() else None,  # noqa: S108
+        "errorlog": "-",
+        "accesslog": None,
+        "post_worker_init": post_worker_init,
+        "worker_exit": worker_exit,
+    }
+
+
+class _GunicornSite(BaseApplication):  # type: ignore[misc]
+    """gunicorn with its settings and application handed over, instead of read from a command line."""
+
+    def __init__(self, settings: dict[str, Any], make_app: Callable[[], Flask]) -> None:
+        self._settings, self._make_app = settings, make_app
+        super().__init__()
+
+    def load_config(self) -> None:
+        """Take the settings. Called by gunicorn, also on reload."""
+        for name, value in self._settings.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Flask:
+        """Make the application. Called by gunicorn in the worker."""
+        return self._make_app()
+
+
+def serve(config: SiteConfig, make_app: Callable[[SiteConfig], Flask] = create_app) -> None:
+    """Serve a site until SIGTERM or SIGINT; prints `ready: http://…` once its models are open. Does not return."""
+    _GunicornSite(gunicorn_settings(config), lambda: make_app(config)).run()

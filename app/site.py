@@ -1,0 +1,114 @@
+"""What all requests of a site share: its models, the places for sockets and requests, and whether it is ending."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from app.config import SiteConfig
+from app.errors import NoCapacityError
+from app.model_registry import ModelRegistry
+
+logger = logging.getLogger(__name__)
+
+DRAIN_POLL_S = 0.2  # how soon a SIGTERM is seen; gunicorn tells nobody
+
+
+class Places:
+    """A number of places, of which each holder takes one. Any thread."""
+
+    def __init__(self, what: str, limit: int) -> None:
+        self.what, self.limit = what, limit
+        self._lock = threading.Lock()
+        self._taken = 0
+
+    @property
+    def taken(self) -> int:
+        """The number of places in use."""
+        return self._taken
+
+    def try_take(self) -> bool:
+        """Take a place if there is one."""
+        with self._lock:
+            if self._taken >= self.limit:
+                return False
+            self._taken += 1
+            return True
+
+    def give_back(self) -> None:
+        """Free a place that was taken."""
+        with self._lock:
+            self._taken -= 1
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Hold a place. Raises NoCapacityError when there is none."""
+        if not self.try_take():
+            raise NoCapacityError(self.what, self.limit)
+        try:
+            yield
+        finally:
+            self.give_back()
+
+
+class Drain:
+    """The end of a site: no new work from `start` on, and running answers cancelled when their time is over."""
+
+    def __init__(self, drain_s: float) -> None:
+        self._drain_s = drain_s
+        self._lock = threading.Lock()
+        self._cancels: set[Callable[[], None]] = set()
+        self._started = threading.Event()
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the site is ending."""
+        return self._started.is_set()
+
+    @contextmanager
+    def cancelling(self, cancel: Callable[[], None]) -> Iterator[None]:
+        """Have `cancel` called, by another thread, when the time of running answers is over."""
+        with self._lock:
+            self._cancels.add(cancel)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._cancels.discard(cancel)
+
+    def watch(self, is_alive: Callable[[], bool]) -> None:
+        """Start the drain when `is_alive` turns false. Runs in a thread of its own until the process ends."""
+        threading.Thread(target=self._watch, args=(is_alive,), name="drain", daemon=True).start()
+
+    def _watch(self, is_alive: Callable[[], bool]) -> None:
+        while is_alive():
+            time.sleep(DRAIN_POLL_S)
+        logger.info("draining: running answers have %g s", self._drain_s)
+        self._started.set()
+        time.sleep(self._drain_s)
+        with self._lock:
+            cancels = tuple(self._cancels)
+        for cancel in cancels:
+            cancel()
+
+
+class Site:
+    """One site in one process."""
+
+    def __init__(self, config: SiteConfig, models: ModelRegistry) -> None:
+        self.config = config
+        self.models = models
+        self.sockets = Places("websockets", config.sockets.ws_max)
+        self.http_generations = Places("places for HTTP requests", config.generation.http_max)
+        self.drain = Drain(config.sockets.drain_s)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new visitors can be served."""
+        return self.models.is_ready and not self.drain.is_started
+
+    def start(self, is_alive: Callable[[], bool], on_ready: Callable[[], None]) -> None:
+        """Open the models and watch for the end. Called once, in the process that serves, after any fork."""
+        self.drain.watch(is_alive)
+        self.models.start(on_ready)

@@ -1,0 +1,70 @@
+"""A site with a fake model under real gunicorn, as a program: `python -m tests.app.fake_site --port 5001`.
+
+Adds `/test/counts` to the site, which tells what the fake and gunicorn counted.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import threading
+from dataclasses import replace
+
+from flask import Flask, Response, jsonify
+
+from app.config import GenerationLimits, SecurityConfig, SiteConfig, SocketLimits
+from app.factory import create_app, site_of
+from app.model_registry import ModelRegistry, ModelSource
+from app.server import serve
+from tests.app.fake_swarm import FakeModel, TalkingModel, scripted_reply
+
+
+def make_app(config: SiteConfig, model: FakeModel) -> Flask:
+    app = create_app(config, ModelRegistry([ModelSource(model.name, lambda: model)]))
+    site = site_of(app)
+
+    @app.get("/test/counts")
+    def counts() -> Response:
+        return jsonify(
+            open_sessions=model.counts.open_sessions,
+            appended_tokens=model.counts.appended_tokens,
+            generated_tokens=model.counts.generated_tokens,
+            cancels=model.counts.cancels,
+            websockets=site.sockets.taken,
+            nr_conns=_worker_connections(),
+            threads=threading.active_count(),
+        )
+
+    return app
+
+
+def _worker_connections() -> int:
+    import gc
+
+    from gunicorn.workers.gthread import ThreadWorker
+
+    return next(found.nr_conns for found in gc.get_objects() if isinstance(found, ThreadWorker))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--delay", type=float, default=0.05, help="seconds a token")
+    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--settings", default="{}", help="JSON with fields of the configuration's parts")
+    options = parser.parse_args()
+    settings = json.loads(options.settings)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    config = SiteConfig(
+        port=options.port,
+        http_threads=16,
+        sockets=replace(SocketLimits(ws_max=32, drain_s=2.0), **settings.get("sockets", {})),
+        generation=replace(GenerationLimits(), **settings.get("generation", {})),
+        security=replace(SecurityConfig(), **settings.get("security", {})),
+    )
+    model = TalkingModel(delay_s=options.delay, max_length=options.max_length, reply=scripted_reply)
+    serve(config, lambda site_config: make_app(site_config, model))
+
+
+if __name__ == "__main__":
+    main()

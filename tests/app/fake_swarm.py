@@ -1,0 +1,228 @@
+"""A scripted model behind the interfaces of `text_session`: its tokens are words, and every call is counted."""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta
+from swarm_protocol.errors import CacheFullError, InvalidRequestError, MaxLengthError, StreamLostError, SwarmError
+
+EOS = "</s>"
+PIECES = re.compile(r"</s>|<(?:user|assistant|system)>|\s*[^\s<]+|\s+|<")
+
+
+@dataclass
+class Counts:
+    """What happened to a model's sessions, over all of them."""
+
+    opened: int = 0
+    closed: int = 0
+    appended_tokens: int = 0
+    generated_tokens: int = 0
+    cancels: int = 0
+
+    @property
+    def open_sessions(self) -> int:
+        return self.opened - self.closed
+
+
+@dataclass
+class FakeModel:
+    """Answers with `script`, token by token, `delay_s` apart; afterwards with EOS, or with x's if `is_endless`."""
+
+    name: str = "umbel/fake-1b"
+    script: Sequence[str] = ("Hello", " there", ",", " I", " am", " a", " fake", ".")
+    delay_s: float = 0.0
+    max_length: int = 2048
+    stop_token: str | None = EOS
+    is_endless: bool = False
+    missing: Sequence[str] = ()
+    open_error: Exception | None = None
+    error_at: tuple[int, Exception] | None = None  # raised once, before that token of a generation
+    is_uninterruptible: bool = False  # a step sleeps `delay_s` whatever cancel() says
+    counts: Counts = field(default_factory=Counts)
+    seen_params: list[SamplingParams] = field(default_factory=list)
+    sessions: list["FakeSession"] = field(default_factory=list)
+    is_closed: bool = False
+    vocabulary: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    reply: Callable[[str], Sequence[str]] | None = None  # chooses the tokens by the last user message
+
+    def token_id(self, piece: str) -> int:
+        with self.lock:
+            if piece not in self.vocabulary:
+                self.vocabulary.append(piece)
+            return self.vocabulary.index(piece)
+
+    def encode(self, text: str) -> list[int]:
+        return [self.token_id(piece) for piece in PIECES.findall(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.vocabulary[token] for token in ids)
+
+    def open_session(self, max_length: int) -> "FakeSession":
+        if self.open_error is not None:
+            raise self.open_error
+        with self.lock:
+            self.counts.opened += 1
+        session = FakeSession(self, max_length)
+        self.sessions.append(session)
+        return session
+
+    def missing_blocks(self) -> Sequence[str]:
+        return self.missing
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class FakeSession:
+    """One session; the answer restarts the script at every user turn and goes on within one."""
+
+    def __init__(self, model: FakeModel, max_length: int) -> None:
+        self.model, self._max_length = model, max_length
+        self.ids: list[int] = []
+        self.is_closed = False
+        self._cancelled = threading.Event()
+        self._script: list[str] = []
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        return self.ids
+
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
+    @property
+    def text(self) -> str:
+        return self.model.decode(self.ids)
+
+    def _append(self, ids: Sequence[int]) -> int:
+        if len(self.ids) + len(ids) > self._max_length:
+            raise MaxLengthError(len(self.ids), len(ids), self._max_length)
+        self.ids.extend(ids)
+        with self.model.lock:
+            self.model.counts.appended_tokens += len(ids)
+        return len(ids)
+
+    def _restart(self, text: str) -> None:
+        self._script = list(self.model.reply(text) if self.model.reply else self.model.script)
+
+    def append_text(self, text: str, *, add_special_tokens: bool | None = None) -> int:
+        count = self._append(self.model.encode(text))
+        self._restart(text)
+        return count
+
+    def set_messages(self, messages: Sequence[ChatMessage]) -> int:
+        if messages[-1].role != "user":
+            raise InvalidRequestError("the last message must be the user's")
+        parts = [f"<{message.role}>{message.content}{EOS}" for message in messages]
+        prompt = self.model.encode("".join(parts) + "<assistant>")
+        kept = 0
+        while kept < min(len(prompt), len(self.ids)) and prompt[kept] == self.ids[kept]:
+            kept += 1
+        del self.ids[kept:]
+        self._append(prompt[kept:])
+        self._restart(messages[-1].content)
+        return kept
+
+    def replace_tail(self, num_tokens: int, token_ids: Sequence[int]) -> None:
+        if num_tokens:
+            del self.ids[-num_tokens:]
+        self.ids.extend(token_ids)
+
+    def generate(self, params: SamplingParams) -> Iterator[TextDelta]:
+        if len(self.ids) + params.max_new_tokens > self._max_length:
+            raise MaxLengthError(len(self.ids), params.max_new_tokens, self._max_length)
+        self.model.seen_params.append(params)
+        self._cancelled.clear()
+        return self._generate(params)
+
+    def _generate(self, params: SamplingParams) -> Iterator[TextDelta]:
+        held: list[int] = []
+        for number in range(params.max_new_tokens):
+            if self._step_is_cancelled():
+                yield TextDelta("", tuple(held), "cancelled")
+                return
+            self._raise_scripted(number)
+            piece = self._script.pop(0) if self._script else ("x " if self.model.is_endless else EOS)
+            token = self.model.token_id(piece)
+            self.ids.append(token)
+            held.append(token)
+            with self.model.lock:
+                self.model.counts.generated_tokens += 1
+            is_last = number + 1 == params.max_new_tokens
+            if piece == EOS and params.stop_at_eos:
+                yield TextDelta("", tuple(held), "stop")
+                return
+            if piece.startswith("…") and not is_last:  # a character whose rest is in the next token
+                continue
+            yield TextDelta(piece, tuple(held), "length" if is_last else None)
+            held = []
+
+    def _step_is_cancelled(self) -> bool:
+        if self.model.is_uninterruptible:
+            time.sleep(self.model.delay_s)
+        return self._cancelled.wait(0 if self.model.is_uninterruptible else self.model.delay_s)
+
+    def _raise_scripted(self, number: int) -> None:
+        if self.model.error_at is not None and self.model.error_at[0] == number:
+            error, self.model.error_at = self.model.error_at[1], None
+            raise error
+
+    def cancel(self) -> None:
+        with self.model.lock:
+            self.model.counts.cancels += 1
+        self._cancelled.set()
+
+    def close(self) -> None:
+        if not self.is_closed:
+            self.is_closed = True
+            with self.model.lock:
+                self.model.counts.closed += 1
+
+
+ANSWER = (
+    "An umbel is a flower head made of many small flowers, each on its own stalk, and all stalks meet in one point.\n\n"
+    "In code that could look like this:\n\n"
+    "```python\n"
+    "def umbel(num_flowers: int) -> list[str]:\n"
+    '    """Return one stalk per flower."""\n'
+    '    return [f"stalk {n}" for n in range(num_flowers)]\n'
+    "```\n\n"
+    "Carrots, dill and fennel all bloom this way."
+)
+LONG = " ".join(f"word{number}" for number in range(400))
+ERRORS: dict[str, SwarmError | Exception] = {
+    "lost": StreamLostError("the stream to a node ended"),
+    "full": CacheFullError(900, 12),
+    "bug": ZeroDivisionError("a secret of the stack"),
+}
+
+
+def scripted_reply(text: str) -> Sequence[str]:
+    """Choose an answer by the question: `long`, `lost`, `full`, `bug`, `wide`, or the one about umbels."""
+    word = text.strip().split(" ")[0] if text.strip() else ""
+    return ["!raise " + word] if word in ERRORS else PIECES.findall(LONG if word == "long" else ANSWER)
+
+
+class TalkingModel(FakeModel):
+    """A fake for a site that people and browsers talk to: errors are asked for by word."""
+
+    def open_session(self, max_length: int) -> "FakeSession":
+        with self.lock:
+            self.counts.opened += 1
+        session = TalkingSession(self, max_length)
+        self.sessions.append(session)
+        return session
+
+
+class TalkingSession(FakeSession):
+    """Raises the error that the last message names, once it is generated."""
+
+    def _raise_scripted(self, number: int) -> None:
+        if self._script and self._script[0].startswith("!raise "):
+            raise ERRORS[self._script.pop(0).removeprefix("!raise ")]
