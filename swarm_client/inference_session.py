@@ -60,6 +60,8 @@ class InferenceSession:
         self.max_length = max_length
         self.token_ids: torch.Tensor | None = None
         """The ids (batch, n) that the model put through this session; None for a session that only got states."""
+        self.token_padding: tuple[int, ...] = ()
+        """How many of them at the beginning of each row are padding."""
         self.last_timings: tuple[HopTiming, ...] = ()
         """Where the time of the last step went, hop by hop."""
         self.span_outputs: tuple[torch.Tensor, ...] = ()

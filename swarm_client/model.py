@@ -1,8 +1,9 @@
 """Transformers' own model classes with the swarm in the place of their blocks."""
 
 import contextvars
+import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -41,8 +42,8 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
         """Return a session for up to `max_length` tokens a row; a context manager. Caches are reserved at first use."""
         return self.remote_blocks.session(max_length)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the family's forward. Inside a session, only tokens behind its position are passed.
+    def _forward(self, family_forward: Callable[..., Any], **kwargs: Any) -> Any:
+        """Run the family's forward with the session's cache. Inside a session only new tokens are passed.
 
         `output_hidden_states=True` gives the states (batch, seq, hidden) that enter the first block, and those after
         every span of the route. Raises InvalidRequestError for masks other than left padding.
@@ -52,17 +53,16 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
         if session is not None:
             kwargs["past_key_values"] = RemoteCache(session)
         kwargs["use_cache"] = session is not None
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        with_states = kwargs.pop("output_hidden_states", None) or False
-        columns = session.position if session is not None else 0
-        with blocks_call(BlocksCall(left_padding(mask), bool(with_states))) as call:
-            output = super().forward(*args, **kwargs)
+        start = session.position if session is not None else 0
+        with_states = bool(kwargs.pop("output_hidden_states", False))
+        with blocks_call(BlocksCall(left_padding(kwargs.get("attention_mask")), with_states)) as call:
+            output = family_forward(self, **kwargs)
         if session is not None:
-            _remember_tokens(session, columns, kwargs.get("input_ids", args[0] if args else None))
+            _remember_tokens(session, start, kwargs.get("input_ids"))
         if with_states:
             if not call.span_outputs:
                 raise InvalidRequestError("the rows went through different spans; their states cannot be put together")
-            output.hidden_states = tuple(call.span_outputs)
+            output.hidden_states = (call.entering, *call.span_outputs)
         return output
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
         before = session.token_ids if session is not None else None
         if session is not None and before is not None:
             inputs = _behind(before, inputs)
-            kwargs["attention_mask"] = _whole_mask(session, before, inputs, kwargs.get("attention_mask"))
+            kwargs["attention_mask"] = _whole_mask(session.token_padding, before, inputs, kwargs.get("attention_mask"))
             if session.position >= inputs.shape[1]:
                 session.position = inputs.shape[1] - 1
         elif session is not None and session.position:
@@ -103,6 +103,7 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
             return result
         sequences = result.sequences if isinstance(result, ModelOutput) else result
         session.token_ids = sequences.clone()
+        session.token_padding = _row_padding(kwargs.get("attention_mask"), sequences.shape[0])
         new = sequences if before is None else sequences[:, before.shape[1] :].clone()
         if isinstance(result, ModelOutput):
             result.sequences = new
@@ -242,10 +243,19 @@ def choose_dtype(wanted: torch.dtype | str | None, checkpoint: Checkpoint, devic
 _classes: dict[type, type] = {}
 
 
-def _distributed_class(family: type) -> type:
+def _distributed_class(family: type[PreTrainedModel]) -> type:
     """Return the class that is both `family` and DistributedCausalLM; one for each family."""
     if family not in _classes:
-        _classes[family] = type(f"Distributed{family.__name__}", (DistributedCausalLM, family), {})
+        signature = inspect.signature(family.forward)
+        names = list(signature.parameters)[1:]
+
+        def forward(self: DistributedCausalLM, *args: Any, **kwargs: Any) -> Any:
+            return self._forward(family.forward, **dict(zip(names, args, strict=False)), **kwargs)
+
+        # transformers looks up in the signature what it may pass: position ids, logits to keep, and more.
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+        forward.__doc__ = DistributedCausalLM._forward.__doc__
+        _classes[family] = type(f"Distributed{family.__name__}", (DistributedCausalLM, family), {"forward": forward})
     return _classes[family]
 
 
@@ -261,15 +271,22 @@ def _behind(before: torch.Tensor, inputs: torch.Tensor | None) -> torch.Tensor:
 
 
 def _whole_mask(
-    session: InferenceSession, before: torch.Tensor, whole: torch.Tensor, mask: torch.Tensor | None
+    padding: Sequence[int], before: torch.Tensor, whole: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the mask of all columns of `whole`: what the session was opened with, and nothing hidden behind that."""
-    if mask is not None and not bool((mask[:, -(whole.shape[1] - before.shape[1]) or mask.shape[1] :] == 1).all()):
+    """Return the mask of all columns of `whole`: the padding that `before` begins with, and no other."""
+    num_new = whole.shape[1] - before.shape[1]
+    if mask is not None and num_new and not bool((mask[:, -num_new:] == 1).all()):
         raise InvalidRequestError("padding is only possible at the very beginning of a session")
     full = torch.ones_like(whole)
-    for row, columns in enumerate(session.padding):
+    for row, columns in enumerate(padding):
         full[row, :columns] = 0
     return full
+
+
+def _row_padding(mask: torch.Tensor | None, num_rows: int) -> tuple[int, ...]:
+    """Return the left padding of each of the sequences that came of a batch with `mask`, several for a row of it."""
+    padding = left_padding(mask) or [0]
+    return tuple(columns for columns in padding for _ in range(num_rows // len(padding)))
 
 
 def _remember_tokens(session: InferenceSession, start: int, input_ids: torch.Tensor | None) -> None:
@@ -281,3 +298,4 @@ def _remember_tokens(session: InferenceSession, start: int, input_ids: torch.Ten
         return
     kept = input_ids[:, :0] if known is None else known[:, :start]
     session.token_ids = torch.cat([kept, input_ids], dim=1)
+    session.token_padding = session.padding

@@ -53,10 +53,14 @@ class RemoteCache(Cache):  # type: ignore[misc]
 
 @dataclass(slots=True)
 class BlocksCall:
-    """What a model's forward tells its remote blocks past the family's own forward, and what they tell back."""
+    """What a model's forward tells its remote blocks past the family's own forward, and what they tell back.
+
+    `entering` and `span_outputs` are the states before the first block and after every span.
+    """
 
     padding: Sequence[int] | None = None
     with_span_outputs: bool = False
+    entering: torch.Tensor | None = None
     span_outputs: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -98,6 +102,7 @@ class RemoteBlocks(nn.Module):
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             raise InvalidRequestError("no gradients come back from the swarm: call the model under torch.no_grad()")
         call = _call.get() or BlocksCall()
+        call.entering = hidden_states
         if isinstance(past_key_values, RemoteCache):
             session = past_key_values.session
             output = session.step(hidden_states, padding=call.padding, with_span_outputs=call.with_span_outputs)
