@@ -5,6 +5,7 @@ here, too; unlike its loader, only the wanted tensors are touched.
 """
 
 import hashlib
+import struct
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from torch import nn
 from transformers import (
@@ -44,7 +46,6 @@ class GgufCheckpoint:
     name: str
     revision: str
     config: PreTrainedConfig
-    architecture: str
 
     @property
     def num_blocks(self) -> int:
@@ -67,7 +68,7 @@ class GgufCheckpoint:
         return GenerationConfig.from_model_config(self.config)
 
     def weights(self, model: PreTrainedModel) -> Mapping[str, StoredTensor]:
-        processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=self.config.to_dict())
+        processor = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)(config=self.config.to_dict())
         try:
             names = get_gguf_hf_weights_map(_Names(model, model.config), processor)
         except NotImplementedError as error:
@@ -83,9 +84,35 @@ class GgufCheckpoint:
     def conversions(self, model: PreTrainedModel) -> list[Any]:
         return []
 
+    @property
+    def _architecture(self) -> str:
+        """The file's own word, such as `qwen3moe` for what transformers calls `qwen3_moe`."""
+        return str(self._reader.fields["general.architecture"].contents())
+
     @cached_property
     def _reader(self) -> gguf.GGUFReader:
-        return gguf.GGUFReader(self.path)
+        try:
+            return _TensorReader(self.path)
+        except (ValueError, IndexError, struct.error) as error:
+            raise CheckpointError(f"{self.path.name} cannot be read as a GGUF file: {error}") from error
+
+
+class _TensorReader(gguf.GGUFReader):  # type: ignore[misc]
+    """The reader without the contents of arrays: those are vocabularies, which take it seconds and tell no tensors."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
+            return super()._get_field_parts(orig_offs, raw_type)  # type: ignore[no-any-return]
+        item_type, length = struct.unpack_from("<IQ", self.data, orig_offs)
+        size = struct.calcsize("<IQ")
+        if item_type == gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)  # type: ignore[no-any-return]
+        if item_type == gguf.GGUFValueType.STRING:
+            for _ in range(length):
+                size += 8 + struct.unpack_from("<Q", self.data, orig_offs + size)[0]
+        else:
+            size += length * np.dtype(self.gguf_scalar_to_np[gguf.GGUFValueType(item_type)]).itemsize
+        return size, [], [], [gguf.GGUFValueType.ARRAY]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +164,7 @@ def open_gguf(path: Path, clean_name: Callable[[str], str]) -> GgufCheckpoint:
     fields = _read_config(path)
     name = clean_name(str(fields.get("_model_name_or_path") or path.stem))
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-    return GgufCheckpoint(path, name, digest.hexdigest()[:16], config, str(fields["model_type"]))
+    return GgufCheckpoint(path, name, digest.hexdigest()[:16], config)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

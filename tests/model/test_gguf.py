@@ -81,13 +81,26 @@ def write_tiny(path: Path, architecture: str = "llama") -> None:
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(40)
-    shapes = {"token_embd": (40, 32), "output_norm": (32,)}
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (40, 32), "output_norm": (32,)}
+    if "moe" in architecture:
+        writer.add_expert_count(4)
+        writer.add_expert_used_count(2)
+        # Transformers takes its own default, whatever the file says.
+        writer.add_expert_feed_forward_length(768)
+        writer.add_key_length(8)
+        writer.add_value_length(8)
     for block in range(2):
         shapes |= {f"blk.{block}.{norm}_norm": (32,) for norm in ("attn", "ffn")}
         shapes |= {f"blk.{block}.attn_{part}": (32, 32) for part in ("q", "output")}
         shapes |= {f"blk.{block}.attn_{part}": (16, 32) for part in ("k", "v")}
-        shapes |= {f"blk.{block}.ffn_{part}": (64, 32) for part in ("gate", "up")}
-        shapes |= {f"blk.{block}.ffn_down": (32, 64)}
+        if "moe" in architecture:
+            shapes |= {f"blk.{block}.attn_{part}_norm": (8,) for part in "qk"}
+            shapes |= {f"blk.{block}.ffn_{part}_exps": (4, 768, 32) for part in ("gate", "up")}
+            shapes |= {f"blk.{block}.ffn_down_exps": (4, 32, 768)}
+            shapes |= {f"blk.{block}.ffn_gate_inp": (4, 32)}
+        else:
+            shapes |= {f"blk.{block}.ffn_{part}": (64, 32) for part in ("gate", "up")}
+            shapes |= {f"blk.{block}.ffn_down": (32, 64)}
     for name, shape in shapes.items():
         array = random.normal(size=shape).astype(np.float32)
         if len(shape) == 1:
@@ -101,8 +114,9 @@ def write_tiny(path: Path, architecture: str = "llama") -> None:
     writer.close()
 
 
-def test_a_quantized_file_equals_transformers(tmp_path: Path) -> None:
-    write_tiny(tmp_path / "tiny.gguf")
+@pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])
+def test_a_quantized_file_equals_transformers(tmp_path: Path, architecture: str) -> None:
+    write_tiny(tmp_path / "tiny.gguf", architecture)
     checkpoint = open_checkpoint(str(tmp_path / "tiny.gguf"))
     assert checkpoint.name == "Tiny-test"
     assert open_checkpoint(str(tmp_path)).revision == checkpoint.revision
