@@ -5,6 +5,7 @@ import socket
 from typing import Any
 
 from flask import Flask, Response, jsonify, request
+from werkzeug.exceptions import HTTPException
 
 from app.api_errors import error_response
 from app.chat_protocol import LegacyGenerate, parse_fields
@@ -32,10 +33,10 @@ def register(app: Flask, site: Site) -> None:
                 outputs = _generate(site, _arguments())
         except PeerGoneError:
             return Response(status=499)
-        except Exception as error:
-            # Clients of the predecessor read the body alone, and expect 200 whatever happened.
-            is_strict = request.args.get("strict") in ("1", "true")
-            return error_response(error, status=None if is_strict else 200)
+        except HTTPException as error:
+            return _told(InvalidRequestError(error.description or error.name), error.code)
+        except Exception as error:  # the outermost place of a request: whatever went wrong, the client is told
+            return _told(error, None)
         return jsonify(ok=True, outputs=outputs)
 
     @app.get("/healthz")
@@ -49,6 +50,12 @@ def register(app: Flask, site: Site) -> None:
         response = jsonify(status=status, models=models)
         response.status_code = 200 if site.is_ready else 503
         return response
+
+
+def _told(error: Exception, status: int | None) -> Response:
+    """Return an error as 200, since clients of the predecessor read the body alone; `?strict=1` gets its status."""
+    is_strict = request.args.get("strict") in ("1", "true")
+    return error_response(error, status=status if is_strict else 200)
 
 
 def _arguments() -> dict[str, Any]:

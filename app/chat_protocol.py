@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from app.errors import ErrorReport
 from swarm_client.generation.text_session import ChatMessage, FinishReason
@@ -34,10 +34,18 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Stops = Annotated[
-    list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list), _none_as_default(())
-]
+def _whole_characters(text: str) -> str:
+    """Replace halves of characters, which JSON can carry and no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _empty_as_none(value: object) -> object:
+    return None if value == "" else value  # every text ends with the empty one: the predecessor sent one reply
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
+Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list), _none_as_default(())]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None
 RequestId = Annotated[str, Field(max_length=64)]
 
@@ -63,11 +71,11 @@ class Sampling(_Fields):
 class LegacyGenerate(Sampling):
     """Protocol 2 `generate`, and the fields of `POST /api/v1/generate`."""
 
-    inputs: str | None = None
+    inputs: Text | None = None
     max_new_tokens: TokenCount = None
     max_length: TokenCount = None
     do_sample: Annotated[bool, _none_as_default(False)] = False
-    stop_sequence: Stop | None = None
+    stop_sequence: Annotated[Stop | None, BeforeValidator(_empty_as_none)] = None
     extra_stop_sequences: Stops = Field(default_factory=list)
 
 
@@ -89,15 +97,13 @@ class Message(_Fields):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Text
 
 
 class Params(Sampling):
     """The `params` of a protocol 3 `generate`."""
 
-    max_new_tokens: TokenCount = Field(
-        default=None, validation_alias=AliasChoices("max_new_tokens", "max_tokens")
-    )
+    max_new_tokens: TokenCount = Field(default=None, validation_alias=AliasChoices("max_new_tokens", "max_tokens"))
     do_sample: bool | None = None
 
 
@@ -185,7 +191,7 @@ def parse_command(values: dict[str, Any], protocol: ProtocolVersion | None) -> C
         allowed = ", ".join(name for version, name in _COMMANDS if version == protocol)
         raise InvalidRequestError(f"type {str(found)[:40]!r} is not understood here; expected: {allowed}")
     if kind is Open and values.get("protocol") != 3:
-        raise InvalidRequestError("open needs \"protocol\": 3; the older protocol starts with open_inference_session")
+        raise InvalidRequestError('open needs "protocol": 3; the older protocol starts with open_inference_session')
     return parse_fields(kind, values)  # type: ignore[return-value]
 
 

@@ -1,13 +1,13 @@
 """Pure: the errors that only the site raises, beside those of the swarm, and how any error is told to a client.
 
-    SwarmError
-    ├── ModelNotFoundError      model_not_found
-    ├── ModelLoadingError       model_loading       retryable
-    ├── NoCapacityError         no_capacity         retryable
-    ├── BusyError               busy                retryable
-    ├── SessionExpiredError     session_expired     retryable
-    ├── SiteDrainingError       draining            retryable
-    └── OriginError             origin_not_allowed
+SwarmError
+├── ModelNotFoundError      model_not_found
+├── ModelLoadingError       model_loading       retryable
+├── NoCapacityError         no_capacity         retryable
+├── BusyError               busy                retryable
+├── SessionExpiredError     session_expired     retryable
+├── SiteDrainingError       draining            retryable
+└── OriginError             origin_not_allowed
 """
 
 from collections.abc import Sequence

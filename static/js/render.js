@@ -1,0 +1,101 @@
+/** Messages as elements: only what changed is touched, and only text is ever inserted. */
+
+import { toBlocks } from './blocks.js';
+import { h, icon } from './dom.js';
+import { outcomeText } from './texts.js';
+
+const COPY = 'M9 9h10v11H9zM5 15V4h10';
+const CHECK = 'M5 12.5l4.5 4.5L19 7.5';
+
+/** One message on the page; `update` brings it to a new state. */
+export class MessageView {
+  #body = h('div', { class: 'body', dir: 'auto' });
+  #foot = h('div', { class: 'foot' });
+  #stats = h('span', { class: 'stats' });
+  #message = null;
+  #blocks = [];
+
+  constructor(role, onCopy) {
+    const name = role === 'user' ? 'You' : 'Umbel';
+    this.element = h('article', { class: `message ${role}`, 'aria-label': name }, this.#body, this.#foot);
+    if (role === 'user') return;
+    this.#foot.append(copyButton('Copy answer', () => this.#message.content, onCopy), this.#stats);
+  }
+
+  update(message) {
+    if (message === this.#message) return;
+    const isNewText = message.content !== this.#message?.content || message.state !== this.#message?.state;
+    this.#message = message;
+    this.element.dataset.state = message.state;
+    this.element.setAttribute('aria-busy', String(message.state === 'waiting' || message.state === 'streaming'));
+    if (isNewText) this.#renderText(message);
+    if (message.role !== 'assistant') return;
+    this.#foot.hidden = message.content === '' && message.outcome === null;
+    this.#stats.textContent = statsText(message);
+  }
+
+  #renderText({ role, content, state }) {
+    if (state === 'waiting') return this.#body.replaceChildren(dots());
+    if (content === '' && state !== 'streaming') return this.#body.replaceChildren(h('p', { class: 'empty' }, emptyText(state)));
+    if (role === 'user') return this.#body.replaceChildren(h('p', {}, content));
+    const blocks = toBlocks(content);
+    if (!this.#blocks.length) this.#body.replaceChildren();
+    for (const [index, block] of blocks.entries()) this.#renderBlock(index, block);
+    while (this.#body.children.length > blocks.length) this.#body.lastElementChild.remove();
+    this.#blocks = blocks;
+  }
+
+  #renderBlock(index, block) {
+    const old = this.#blocks[index];
+    if (old && old.kind === block.kind && old.text === block.text && old.language === block.language) return;
+    if (old && old.kind === block.kind && old.language === block.language) {
+      return appendText(this.#body.children[index], old.text, block.text);
+    }
+    const element = blockElement(block);
+    if (old) this.#body.children[index].replaceWith(element);
+    else this.#body.append(element);
+  }
+}
+
+/** Change an element's text by what was added to it, so that a selection in it survives. */
+function appendText(element, oldText, newText) {
+  const holder = element.querySelector('code') ?? element;
+  const node = holder.firstChild;
+  if (node && newText.startsWith(oldText)) node.appendData(newText.slice(oldText.length));
+  else holder.textContent = newText;
+}
+
+function blockElement(block) {
+  if (block.kind === 'paragraph') return h('p', {}, block.text);
+  const code = h('code', {}, block.text);
+  const bar = h('div', { class: 'code-bar' }, h('span', {}, block.language || 'code'), copyButton('Copy code', () => code.textContent));
+  return h('figure', { class: 'code', dir: 'ltr' }, bar, h('pre', { tabindex: '0' }, code));
+}
+
+function copyButton(label, text, onCopy = () => {}) {
+  const button = h('button', { type: 'button', class: 'icon-button small', 'aria-label': label, title: label }, icon(COPY));
+  button.addEventListener('click', async () => {
+    try {
+      await navigator.clipboard.writeText(text());
+    } catch {
+      return onCopy(false);
+    }
+    button.replaceChildren(icon(CHECK));
+    setTimeout(() => button.replaceChildren(icon(COPY)), 1500);
+    onCopy(true);
+  });
+  return button;
+}
+
+function dots() {
+  return h('div', { class: 'dots' }, h('span'), h('span'), h('span'));
+}
+
+function emptyText(state) {
+  return state === 'stopped' ? 'Stopped before the first word.' : state === 'failed' ? 'No answer.' : 'The answer is empty.';
+}
+
+function statsText({ state, outcome }) {
+  if (outcome) return outcomeText(outcome);
+  return state === 'failed' ? 'broken off' : '';
+}

@@ -1,0 +1,36 @@
+/** Light or dark: as the system says, until the person chooses; the choice stays in this browser. */
+
+const KEY = 'umbel-theme';
+
+function stored() {
+  try {
+    return localStorage.getItem(KEY);
+  } catch {
+    return null; // storage may be forbidden; the choice then lasts as long as the page
+  }
+}
+
+function store(theme) {
+  try {
+    localStorage.setItem(KEY, theme);
+  } catch {
+    // see above
+  }
+}
+
+/** Make `button` change the colours, and apply an earlier choice. */
+export function setUpTheme(button) {
+  const system = matchMedia('(prefers-color-scheme: dark)');
+  const current = () => document.documentElement.dataset.theme ?? (system.matches ? 'dark' : 'light');
+  const label = () => button.setAttribute('aria-label', current() === 'dark' ? 'Change to light colours' : 'Change to dark colours');
+  const found = stored();
+  if (found === 'dark' || found === 'light') document.documentElement.dataset.theme = found;
+  label();
+  system.addEventListener('change', label);
+  button.addEventListener('click', () => {
+    const next = current() === 'dark' ? 'light' : 'dark';
+    document.documentElement.dataset.theme = next;
+    store(next);
+    label();
+  });
+}
