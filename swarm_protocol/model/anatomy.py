@@ -73,10 +73,15 @@ class _NoPositions(nn.Module):
         return self._zero
 
 
-def build_empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the whole causal language model on the meta device. Raises UnsupportedFamilyError if there is none."""
+def build_empty(
+    config: PreTrainedConfig, dtype: torch.dtype, model_class: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
+    """Return the whole model on the meta device; None is the family's causal language model.
+
+    Raises UnsupportedFamilyError if it cannot be built or the family does not fit.
+    """
     families.check_config(config)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class = model_class or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
         with torch.device("meta"), no_init_weights():
             return model_class._from_config(copy.deepcopy(config), dtype=dtype)

@@ -67,15 +67,22 @@ def load_span(
 
 
 def build_client_model(
-    checkpoint: Checkpoint, remote_blocks: nn.Module, *, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    remote_blocks: nn.Module,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    model_class: type[PreTrainedModel] | None = None,
 ) -> PreTrainedModel:
     """Return the family's causal language model with `remote_blocks` in the place of its blocks.
 
     `remote_blocks` is called as `remote_blocks(hidden_states, past_key_values=…, position_ids=…)` with what the
     family's forward hands to a block (None where it hands nothing) and returns hidden states of the same shape.
-    Padding is not passed on: a 2-D mask ends in the family's forward. Raises as `load_span` does.
+    Padding is not passed on: a 2-D mask ends in the family's forward. `model_class` is another class of the family,
+    such as one for sequence classification, whose head is made anew if the checkpoint lacks it. Raises as
+    `load_span` does.
     """
-    model = build_empty(checkpoint.config, dtype)
+    model = build_empty(checkpoint.config, dtype, model_class)
     anatomy = find_anatomy(model)
     weights = TensorLoader(checkpoint, model)
     decoder = model.get_submodule(anatomy.decoder)
@@ -83,7 +90,7 @@ def build_client_model(
     slot = BlocksSlot(remote_blocks, first)
     setattr(decoder, anatomy.blocks, nn.ModuleList())
     weights.load(model, device, None)
-    weights.finish(model, device)
+    weights.finish(model, device, made_outside=anatomy.decoder if model_class else None)
     setattr(decoder, anatomy.blocks, nn.ModuleList([slot]))
     slot.returns_tuple = probe_block_result(without_edges(decoder, anatomy), anatomy, dtype, device)
     model.generation_config = checkpoint.generation_config()

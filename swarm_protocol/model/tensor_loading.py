@@ -58,11 +58,15 @@ class TensorLoader:
             raise CheckpointError(f"{self._name} cannot be loaded: {problems[0]}")
         self._missing = info.missing_keys if self._missing is None else self._missing & info.missing_keys
 
-    def finish(self, model: PreTrainedModel, device: torch.device) -> None:
-        """Compute what no file holds, tie what is tied. Raises CheckpointError if a tensor was in no file."""
+    def finish(self, model: PreTrainedModel, device: torch.device, made_outside: str | None = None) -> None:
+        """Compute what no file holds, tie what is tied. Raises CheckpointError if a tensor was in no file.
+
+        Tensors outside of the module named `made_outside` are initialised anew instead.
+        """
         missing = self._missing or set()
+        made = {name for name in missing if made_outside and not name.startswith(f"{made_outside}.")}
         # The same three steps that end from_pretrained: buffers such as rotary frequencies are computed by the family.
-        model._move_missing_keys_from_meta_to_device(set(), {"": device}, None, None)
+        model._move_missing_keys_from_meta_to_device(made, {"": device}, None, None)
         for name in missing & set(model.all_tied_weights_keys):
             model.get_parameter(name)._is_hf_initialized = True
         model._initialize_missing_keys(False)

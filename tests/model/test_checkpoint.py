@@ -1,11 +1,13 @@
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForSequenceClassification
 
 from swarm_protocol.errors import BlocksNotServedError, CheckpointError, InvalidRequestError, MaxLengthError
 from swarm_protocol.model import build_client_model, load_ends, load_span, open_checkpoint
@@ -100,6 +102,39 @@ def test_tied_ends_share_their_weights(tmp_path: Path) -> None:
     save_tiny_model("llama_tied", tmp_path)
     model = build_client_model(open_checkpoint(str(tmp_path)), torch.nn.Identity(), **FLOAT32)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_another_class_of_the_family_gets_a_new_head(folder: Path) -> None:
+    checkpoint = open_checkpoint(str(folder))
+    span = load_span(checkpoint, Span(0, NUM_BLOCKS), **FLOAT32)
+
+    class Blocks(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+            return span(hidden_states)  # type: ignore[no-any-return]
+
+    model = build_client_model(checkpoint, Blocks(), **FLOAT32, model_class=LlamaForSequenceClassification)
+    whole = LlamaForSequenceClassification.from_pretrained(folder)
+    whole.score.load_state_dict(model.score.state_dict())
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(model(ids, use_cache=False).logits, whole(ids).logits)
+    assert model.score.weight.std() > 0
+
+
+def test_threads_share_the_ends(folder: Path) -> None:
+    ends = load_ends(open_checkpoint(str(folder)), **FLOAT32)
+    ids = [torch.full((1, 3), number) for number in range(4, 68)]
+
+    def round_trip(piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_states = ends.embed(piece)
+        return hidden_states, ends.logits(hidden_states)
+
+    with torch.no_grad():
+        alone = [round_trip(piece) for piece in ids]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(round_trip, ids))
+    for (wanted, wanted_logits), (found, found_logits) in zip(alone, together, strict=True):
+        assert torch.equal(found, wanted)
+        torch.testing.assert_close(found_logits, wanted_logits)
 
 
 def test_the_ends_refuse_ids_and_positions_that_do_not_exist(tmp_path: Path) -> None:
