@@ -108,7 +108,7 @@ class Admission:
             raise UnsupportedVersionError(request.versions, PROTOCOL_VERSIONS)
         for role, peer in (("upstream", request.upstream), ("downstream", request.downstream)):
             if peer is not None and peer != peer_id:
-                raise InvalidRequestError(f"{role} …{peer[-6:]}: only the peer that opens a session is served so far")
+                raise InvalidRequestError(f"{role} {peer[-6:]!r}: only the peer that opens a session is served so far")
         blocks = self._checked_blocks(request)
         if self._sessions[peer_id] >= self.limits.max_sessions_per_peer:
             raise LimitExceededError(f"this peer has {self._sessions[peer_id]} open sessions, which is the limit")

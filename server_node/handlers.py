@@ -19,6 +19,7 @@ from server_node.link import Link, open_link
 from server_node.sessions import Session, SessionTable
 from swarm_protocol.errors import (
     InternalError,
+    LimitExceededError,
     ProtocolError,
     SessionClosedError,
     StreamLostError,
@@ -50,6 +51,9 @@ logger = logging.getLogger(__name__)
 _GREETING_BYTES = 64 * 1024
 """The payload that is let in before a session is open: none is needed, but a small step shall get a better answer than
 that it is too large."""
+
+_MAX_GREETINGS = 32
+"""Messages on a stream before its session is there; a probe sends a few pings, a client one opening."""
 
 _FLUSH_S = 5.0
 """For peers to take the last answers when the node leaves; what they do not take, they have to do without."""
@@ -118,7 +122,7 @@ class NodeHandlers:
                 except TimeoutError:
                     logger.debug("stream closed, nothing came peer=%s", peer)
                 except SwarmError as error:
-                    logger.info("stream refused: %s: %s peer=%s", error.code, error, peer)
+                    logger.debug("stream refused: %s: %s peer=%s", error.code, error, peer)
                     link.post(error_reply(error))
                 except Exception as error:
                     link.post(error_reply(_internal(error, f"bug in a stream's handler peer={peer}")))
@@ -132,8 +136,6 @@ class NodeHandlers:
 
     async def _session_stream(self, link: Link) -> None:
         session = await self._greet(link)
-        if session is None:
-            return
         link.allow_payload(self._admission.payload_bytes(session.plan))
         try:
             while session.link is link and not session.is_closed:
@@ -147,9 +149,9 @@ class NodeHandlers:
         finally:
             self._sessions.detach(session, link)
 
-    async def _greet(self, link: Link) -> Session | None:
-        """Return the session that the stream opens or resumes. Refusals are answered, and another try may follow."""
-        while True:
+    async def _greet(self, link: Link) -> Session:
+        """Return the session that the stream opens or resumes. A refusal is answered, and other tries may follow."""
+        for _ in range(_MAX_GREETINGS):
             message = await link.receive(_now_s() + self._admission.limits.first_message_s)
             try:
                 if isinstance(message, OpenSession):
@@ -165,6 +167,7 @@ class NodeHandlers:
             if not isinstance(message, Ping):
                 raise UnexpectedMessageError(f"{type(message).__name__} came before a session was opened or resumed")
             link.post(Pong(message.nonce))
+        raise LimitExceededError(f"no session after {_MAX_GREETINGS} messages: dial again")
 
     async def _open(self, request: OpenSession, link: Link) -> Session:
         session = self._sessions.add(self._admission.admit(request, link.peer_id))
@@ -211,7 +214,7 @@ class NodeHandlers:
             begun = session.begin_step(step.step_id, step.position, num_tokens, _now_s())
         except SwarmError as error:
             # Nothing has changed, so a peer that knows better can go on.
-            logger.info("step refused: %s: %s %s", error.code, error, session)
+            logger.debug("step refused: %s: %s %s", error.code, error, session)
             link.post(error_reply(error, step.step_id))
             return
         if begun is Begun.FINISHED:
@@ -224,7 +227,7 @@ class NodeHandlers:
                 raise problem
             self._admission.queue(session.plan.peer_id)
         except SwarmError as error:
-            logger.info("step refused: %s: %s %s", error.code, error, session)
+            logger.debug("step refused: %s: %s %s", error.code, error, session)
             session.answer(step.step_id, error_reply(error, step.step_id))
             return
         session.num_running += 1
@@ -243,7 +246,7 @@ class NodeHandlers:
             reply = StepReply(step.step_id, output.hidden_states, output.queue_s, output.compute_s)
             logger.debug("step %d of %s in %.4f s %s", step.step_id, output.hidden_states, output.compute_s, session)
         except SwarmError as error:
-            logger.info("step failed: %s: %s %s", error.code, error, session)
+            logger.debug("step failed: %s: %s %s", error.code, error, session)
             reply = error_reply(error, step.step_id)
         except Exception as error:
             reply = error_reply(_internal(error, f"bug in a step {session}"), step.step_id)
@@ -284,7 +287,7 @@ class NodeHandlers:
             finally:
                 self._work_ended(link.peer_id)
         except SwarmError as error:
-            logger.info("forward refused: %s: %s peer=%s", error.code, error, short_peer(link.peer_id))
+            logger.debug("forward refused: %s: %s peer=%s", error.code, error, short_peer(link.peer_id))
             return error_reply(error, request.request_id)
         except Exception as error:
             bug = _internal(error, f"bug in a forward pass peer={short_peer(link.peer_id)}")

@@ -16,7 +16,7 @@ from server_node.config import ModelChoice, NodeConfig, NodeLimits
 from server_node.handlers import NodeHandlers
 from server_node.placement import choose_span, num_blocks_that_fit
 from server_node.sessions import SessionTable
-from swarm_protocol.errors import ConfigError, InvalidRecordError
+from swarm_protocol.errors import ConfigError, InvalidRecordError, PeerUnreachableError
 from swarm_protocol.identity import Identity, load_or_create_identity, verify
 from swarm_protocol.ids import PeerId, short_peer
 from swarm_protocol.messages import COMPUTE_PROTOCOL, PROTOCOL_VERSIONS, SESSION_PROTOCOL
@@ -157,10 +157,13 @@ async def joined(
 
 
 async def held_spans(transport: Transport, model: OpenedModel) -> list[Span]:
-    """Return the spans that other nodes of the model hold or are about to hold. Raises RouteError, TimeoutError."""
+    """Return the spans that other nodes of the model hold or are about to hold. Raises PeerUnreachableError."""
     keys = directory_keys(model.checkpoint.name, model.checkpoint.num_blocks)
-    async with asyncio.timeout(_LOOKUP_TIMEOUT_S):
-        found = await transport.directory.lookup(keys)
+    try:
+        async with asyncio.timeout(_LOOKUP_TIMEOUT_S):
+            found = await transport.directory.lookup(keys)
+    except TimeoutError:
+        raise PeerUnreachableError(f"the directory did not answer within {_LOOKUP_TIMEOUT_S:g} s") from None
     held = []
     for owner, value in ((owner, value) for values in found.values() for owner, value in values.items()):
         try:

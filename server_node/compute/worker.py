@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar, overload
 
 import torch
@@ -31,6 +32,8 @@ T = TypeVar("T")
 
 DEVICE_THREAD = "device"
 """What the device thread's name starts with."""
+
+_NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +155,18 @@ class ComputeWorker:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
     def _load(self, model: OpenedModel, span: Span, device: str, progress: Progress | None) -> LoadedSpan:
-        runner = load_blocks(model.checkpoint, span, dtype=model.dtype, device=torch.device(device), progress=progress)
+        try:
+            runner = load_blocks(
+                model.checkpoint, span, dtype=model.dtype, device=torch.device(device), progress=progress
+            )
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ConfigError(f"the blocks {span} do not fit into the memory of {device}: serve fewer") from error
         self._runner = runner
         config = runner.module.config
         return LoadedSpan(
             hidden_size=config.hidden_size,
             dtype=dtype_name(model.dtype),
-            kv_bytes_per_token=kv_bytes_per_token(config, span, model.dtype),
+            kv_bytes_per_token=kv_bytes_per_token(model.checkpoint.config, span, model.dtype),
             free_bytes=free_memory_bytes(torch.device(device)),
         )
 
@@ -236,4 +244,14 @@ def free_memory_bytes(device: torch.device) -> int:
         import psutil
     except ImportError as error:
         raise ConfigError("how much memory is free is unknown without psutil: pip install 'umbel[node]'") from error
-    return int(psutil.virtual_memory().available)
+    return min(int(psutil.virtual_memory().available), _container_memory_bytes())
+
+
+def _container_memory_bytes() -> int:
+    """Return what is left of the container's own limit (cgroup v2), which the machine's figures do not know."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii").strip()
+        return max(0, int(limit) - int(used)) if limit != "max" else _NO_LIMIT
+    except (OSError, ValueError):
+        return _NO_LIMIT

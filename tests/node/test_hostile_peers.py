@@ -1,10 +1,13 @@
 """What breaks the rules gets its code, and the node goes on as if nothing had been."""
 
 import asyncio
+import random
+from contextlib import suppress
 
 import pytest
 import torch
 
+from swarm_protocol.errors import StreamLostError
 from swarm_protocol.messages import (
     CloseSession,
     Forward,
@@ -384,3 +387,34 @@ async def test_queued_steps_of_one_peer_are_capped_and_the_refused_step_can_be_s
         node.worker.gate.set()
         assert_output(await talk.receive(), local_output(states(2)))
         assert_output(await other.step(2, 0, states(2)), local_output(states(2)))
+
+
+@virtual
+async def test_a_stream_that_only_asks_and_asks_is_ended():
+    async with serving_node() as node:
+        talk = await node.dial()
+        for _ in range(32):
+            assert_error(await talk.ask(open_session(model="another")), "revision_mismatch")
+        assert_error(await talk.receive(), "limit_exceeded")
+        assert await ended(talk)
+        await assert_serves(node)
+
+
+@virtual
+async def test_arbitrary_bytes_and_mutated_messages_never_stop_the_node():
+    rng = random.Random(7)
+    messages = [frame(open_session()), frame(STEP), frame(CloseSession()), frame(forward(states(2)))]
+    async with serving_node(resume_grace_s=1.0) as node:
+        for attempt in range(300):
+            talk = (await node.open())[0] if attempt % 2 else await node.dial_compute()
+            with suppress(StreamLostError):
+                for _ in range(3):
+                    sent = bytearray(rng.choice(messages))
+                    for _ in range(rng.randrange(4)):
+                        sent[rng.randrange(len(sent))] = rng.randrange(256)
+                    await talk.stream.send([bytes(sent[: rng.randrange(1, len(sent) + 1)])])
+            await settle()
+            await talk.stream.close()
+            await asyncio.sleep(2)
+        assert not node.serving.done()
+        await assert_serves(node)
