@@ -22,17 +22,51 @@ def check_value(subkey: str, value: bytes, expires_in_s: float) -> None:
 
 
 def is_storable(packed_subkey: bytes, packed_value: bytes, expires_in_s: float) -> bool:
-    """Whether to keep or believe a value that a stranger sent; subkey and value are msgpack.
+    """Whether to keep or believe a value that a stranger sent; subkey and value have to be msgpack text and bytes.
 
-    Values without a subkey are refused: one that expires late would take the place of everybody's subkeys.
+    Values without a subkey are refused: one that expires late would take the place of everybody's subkeys. So is what
+    cannot be unpacked: the lookup that meets it would never end.
     """
-    head = packed_subkey[:1]
-    is_text = (
-        b"\xa0" < head <= b"\xbf" or head == b"\xd9"
-    )  # fixstr and str8; ASCII up to MAX_SUBKEY_CHARS is one of them
     return (
-        is_text
+        _is_packed_text(packed_subkey)
         and len(packed_subkey) <= MAX_SUBKEY_CHARS + 2
-        and len(packed_value) <= MAX_VALUE_BYTES + 3  # the head of a msgpack bin16
+        and _is_packed_bytes(packed_value)
+        and len(packed_value) <= MAX_VALUE_BYTES + 3
         and expires_in_s <= MAX_EXPIRY_S
     )
+
+
+def _is_packed_text(packed: bytes) -> bool:
+    """Whether this is a msgpack fixstr or str8 of ASCII; longer kinds are above the limit."""
+    if packed[:1] == b"\xd9":
+        size, text = int.from_bytes(packed[1:2]), packed[2:]
+    else:
+        size, text = int.from_bytes(packed[:1]) - 0xA0, packed[1:]
+        if size >= 32:
+            return False
+    return 0 < size == len(text) and text.isascii()
+
+
+def _is_packed_bytes(packed: bytes) -> bool:
+    """Whether this is a msgpack bin8 or bin16; longer kinds are above the limit."""
+    head_bytes = {b"\xc4": 2, b"\xc5": 3}.get(packed[:1])
+    return (
+        head_bytes is not None
+        and len(packed) >= head_bytes
+        and int.from_bytes(packed[1:head_bytes]) == len(packed) - head_bytes
+    )
+
+
+def usable_values(found: object, now_s: float) -> dict[str, bytes]:
+    """Return what is well-formed and has not expired of a directory's answer for a key, which comes from strangers.
+
+    An answer is a dict from subkey to pairs of value and expiry.
+    """
+    if not isinstance(found, dict):
+        return {}
+    pairs = {subkey: tuple(pair) for subkey, pair in found.items()}
+    return {
+        subkey: value
+        for subkey, (value, expires_at_s) in pairs.items()
+        if isinstance(subkey, str) and isinstance(value, bytes) and expires_at_s > now_s
+    }

@@ -97,6 +97,9 @@ class FramedSocket(asyncio.BufferedProtocol):
             self._transport.write(header)
             for view in views:
                 self._transport.write(view)
+        if self._transport.is_closing():  # a write failed; asyncio says so only in the next turn of the loop
+            self._finish(StreamLostError("the stream broke"))
+            self._raise_if_ended()
         if not self._is_writing_paused:
             return
         try:

@@ -9,15 +9,15 @@ import logging
 import statistics
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from swarm_protocol.errors import ConfigError, PeerUnreachableError, StreamLostError
-from swarm_protocol.identity import create_identity, load_or_create_identity
+from swarm_protocol.identity import load_or_create_identity
 from swarm_protocol.ids import PeerId
 from swarm_protocol.transport.base import Directory, FrameStream, StreamHandler
-from swarm_protocol.transport.directory_rules import check_value, is_storable
+from swarm_protocol.transport.directory_rules import check_value, is_storable, usable_values
 from swarm_protocol.transport.framed_socket import SCRATCH_BYTES, FramedSocket, FramedStream
 from swarm_protocol.transport.network_config import NetworkConfig
 from swarm_protocol.transport.p2p_daemon import Daemon, DaemonFiles, frame_message, start_daemon
@@ -32,7 +32,6 @@ with warnings.catch_warnings():
     from hivemind.utils.logging import use_hivemind_log_handler
     from hivemind.utils.multiaddr import Multiaddr
     from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS, get_dht_time
-
 # hivemind installs a handler of its own and renames the level WARNING; both are taken back, and its chatter is cut.
 use_hivemind_log_handler("nowhere")
 logging.addLevelName(logging.WARNING, "WARNING")
@@ -44,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 LISTEN_BACKLOG: Final = 1024  # streams that arrive at once wait here; asyncio's default of 100 refuses more
 DIAL_TIMEOUT_S: Final = 30  # the daemon's own limit for a dial whose caller went away
-PING_RETRY_S: Final = 0.5
+PING_RETRY_S: Final = 0.5  # between attempts to reach initial peers that are only starting
 UNREGISTER_TIMEOUT_S: Final = 2.0  # to unregister handlers; a daemon that died never answers
 ADDRESS_REFRESH_S: Final = 30.0  # relays and port mappings come and go
 
@@ -82,6 +81,7 @@ class HivemindTransport:
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_incoming = 0
         self._is_closed = False
+        self._lost = asyncio.Event()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._daemon: Daemon | None = None
         self._server: asyncio.Server | None = None
@@ -96,7 +96,7 @@ class HivemindTransport:
 
     @property
     def addresses(self) -> Sequence[str]:
-        """The multiaddresses under which others can reach this peer; empty for a client that does not listen."""
+        """The multiaddresses under which others can reach this peer; none for a client that does not listen."""
         return self._addresses
 
     @property
@@ -154,6 +154,10 @@ class HivemindTransport:
         if self._folder is not None:
             self._folder.cleanup()
 
+    async def until_lost(self) -> None:
+        """Wait until the daemon ends by itself: all streams end, dials fail; close, and open a new transport."""
+        await self._lost.wait()
+
     # --- joining ------------------------------------------------------------------------------------------------------
 
     async def _open(self) -> None:
@@ -162,21 +166,16 @@ class HivemindTransport:
             _parse_multiaddr(address)
         peers = {_peer_in(address): address for address in config.initial_peers}
         self._folder = tempfile.TemporaryDirectory(prefix="umbel-", ignore_cleanup_errors=True)
-        if config.identity_path is None:
-            identity, identity_path = create_identity(), self._path("identity")
-            identity_path.touch(0o600)
-            identity_path.write_bytes(identity.encode())
-        else:
-            identity_path = Path(config.identity_path)
-            identity = load_or_create_identity(identity_path)
-        self._peer_id = identity.peer_id
+        identity_path = Path(config.identity_path or self._path("identity"))
+        self._peer_id = load_or_create_identity(identity_path).peer_id
         others = {peer: address for peer, address in peers.items() if peer != self._peer_id}
         program = Path(hivemind.hivemind_cli.__file__).with_name("p2pd")
         files = DaemonFiles(program, identity_path, self._path("control.sock"))
         self._daemon = await start_daemon(config, list(others.values()), files)
+        self._remove_ephemeral_key()
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(
-            self._accept, str(self._path("incoming.sock")), backlog=LISTEN_BACKLOG
+            lambda: self._new_socket(self._on_incoming), str(self._path("incoming.sock")), backlog=LISTEN_BACKLOG
         )
         self._p2p = await P2P.replicate(Multiaddr(f"/unix{files.control_socket}"))
         await self._refresh_addresses()
@@ -213,7 +212,7 @@ class HivemindTransport:
 
     async def _watch_daemon(self, daemon: Daemon) -> None:
         status = await daemon.wait()
-        # Every stream has ended with it, and dials fail from now on; whoever owns this transport has to open a new one.
+        self._lost.set()
         logger.error("the network daemon ended with status %d peer=%s", status, self._peer_id)
 
     # --- streams ------------------------------------------------------------------------------------------------------
@@ -240,13 +239,8 @@ class HivemindTransport:
             raise
         return socket
 
-    def _new_socket(self) -> FramedSocket:
-        socket = FramedSocket(self._scratch, on_end=self._sockets.discard)
-        self._sockets.add(socket)
-        return socket
-
-    def _accept(self) -> FramedSocket:
-        socket = FramedSocket(self._scratch, self._on_incoming, self._sockets.discard)
+    def _new_socket(self, on_preamble: Callable[[FramedSocket], None] | None = None) -> FramedSocket:
+        socket = FramedSocket(self._scratch, on_preamble, self._sockets.discard)
         self._sockets.add(socket)
         return socket
 
@@ -281,6 +275,10 @@ class HivemindTransport:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _remove_ephemeral_key(self) -> None:
+        if self._config.identity_path is None:  # the daemon has read it; a process that is killed leaves no key behind
+            self._path("identity").unlink()
+
     def _path(self, name: str) -> Path:
         assert self._folder is not None
         return Path(self._folder.name, name)
@@ -295,14 +293,17 @@ class HivemindDirectory:
     async def store(self, key: str, subkey: str, value: bytes, expires_at_s: float) -> bool:
         """Store at the peers whose ids are nearest to the key's. Raises InvalidRecordError if it is too big or late."""
         check_value(subkey, value, expires_at_s - get_dht_time())
-        stored = await self._node.store_many([key], [value], [float(expires_at_s)], subkeys=[subkey])
+        is_client = self._node.protocol.client_mode  # nobody can ask a client for what it keeps
+        stored = await self._node.store_many(
+            [key], [value], [float(expires_at_s)], subkeys=[subkey], exclude_self=is_client
+        )
         return bool(stored[key, subkey])
 
     async def lookup(self, keys: Sequence[str]) -> Mapping[str, Mapping[str, bytes]]:
         """Ask the peers that are nearest to the keys, never a cache: the nodes of the last seconds count."""
         found = await self._node.get_many(list(keys), sufficient_expiration_time=float("inf"))
-        now_s = get_dht_time()
-        return {key: _usable_values(found[key], now_s) for key in keys}
+        values = {key: found[key].value if found[key] is not None else None for key in keys}
+        return {key: usable_values(values[key], get_dht_time()) for key in keys}
 
 
 class _BoundedValues(RecordValidatorBase):  # type: ignore[misc]  # hivemind is untyped; subclassing is its way in
@@ -316,17 +317,6 @@ class _BoundedValues(RecordValidatorBase):  # type: ignore[misc]  # hivemind is 
     def merge_with(self, other: RecordValidatorBase) -> bool:
         """Two of a kind are one."""
         return isinstance(other, _BoundedValues)
-
-
-def _usable_values(found: Any, now_s: float) -> dict[str, bytes]:
-    """Return what is well-formed of an answer of the DHT, which comes from strangers."""
-    if found is None or not isinstance(found.value, dict):
-        return {}
-    return {
-        subkey: item.value
-        for subkey, item in found.value.items()
-        if isinstance(subkey, str) and isinstance(item.value, bytes) and item.expiration_time > now_s
-    }
 
 
 async def _join(node: DHTNode, peers: Mapping[PeerId, str]) -> None:
@@ -381,9 +371,9 @@ async def _shut_down(node: DHTNode) -> None:
 
 
 async def _disconnect(p2p: P2P) -> None:
-    """Close the connection to the daemon, and let everything that waits for an answer of it fail and end."""
-    control = p2p._client.control
+    """Close the connection to the daemon, and let what waits for an answer of it fail and end."""
     await p2p.shutdown()
+    control = p2p._client.control
     for _ in range(10):  # a failed call may lead to another one
         for call in list(control._pending_calls.values()):
             if not call.done():

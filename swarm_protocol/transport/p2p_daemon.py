@@ -37,6 +37,10 @@ class DaemonFiles:
     identity: Path
     control_socket: Path
 
+    def remove_socket(self) -> None:
+        """Remove the control socket if there is one; the daemon would not start."""
+        self.control_socket.unlink(missing_ok=True)
+
 
 class Daemon:
     """A running daemon. Belongs to the event loop that started it."""
@@ -45,20 +49,17 @@ class Daemon:
         self._child = child
         self._output = output
 
-    @property
-    def is_running(self) -> bool:
-        """Whether the process is there."""
-        return self._child.returncode is None
-
     async def wait(self) -> int:
         """Wait until the process ends, and return its exit status."""
         return await self._child.wait()
 
     async def stop(self) -> None:
-        """End the process: SIGTERM, and SIGKILL if it lingers."""
+        """End the process, if it has not ended: SIGTERM, and SIGKILL if it lingers."""
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                self._child.send_signal(number)
+            if self._child.returncode is None:
+                with suppress(ProcessLookupError):
+                    # Not by the child's own method: it may reap the process before asyncio does, which then complains.
+                    os.kill(self._child.pid, number)
             with suppress(TimeoutError):
                 async with asyncio.timeout(STOP_GRACE_S):
                     await self._child.wait()
@@ -76,6 +77,7 @@ async def start_daemon(config: NetworkConfig, initial_peers: Sequence[str], file
     if not (config.client_mode and not config.relay):
         await _check_port(config.host, config.port)
     while True:
+        files.remove_socket()  # of an attempt that failed
         daemon, lines = await _start_once(arguments)
         if daemon is not None:
             return daemon
@@ -171,31 +173,30 @@ async def _start_once(arguments: Sequence[str]) -> tuple[Daemon | None, list[str
     lines: list[str] = []
     ready = asyncio.Event()
     output = asyncio.create_task(_read_output(child, lines, ready), name="p2pd output")
+    output.add_done_callback(lambda _: ready.set())
     daemon = Daemon(child, output)
     try:
         await ready.wait()
+        if not output.done():
+            return daemon, lines
+        await child.wait()
     except asyncio.CancelledError:
         await daemon.stop()
         raise
-    if output.done() or child.returncode is not None:
-        await daemon.stop()
-    return (daemon if daemon.is_running else None), lines
+    return None, lines
 
 
 async def _read_output(child: asyncio.subprocess.Process, lines: list[str], ready: asyncio.Event) -> None:
     """Keep the pipe empty; set `ready` when the daemon says its peer id or ends. `lines` gets what it said before."""
     assert child.stdout is not None
-    try:
-        async for raw in child.stdout:
-            line = raw.decode(errors="replace").rstrip()
-            logger.debug("p2pd: %s", line)
-            if line.startswith("Peer ID:"):
-                ready.set()
-            elif not ready.is_set():
-                lines.append(line[:500])
-                del lines[:-20]
-    finally:
-        ready.set()
+    async for raw in child.stdout:
+        line = raw.decode(errors="replace").rstrip()
+        logger.debug("p2pd: %s", line)
+        if line.startswith("Peer ID:"):
+            ready.set()
+        elif not ready.is_set():
+            lines.append(line[:500])
+            del lines[:-20]
 
 
 def _problem(config: NetworkConfig, initial_peers: Sequence[str], lines: Sequence[str]) -> Exception:

@@ -28,7 +28,9 @@ class DeadlockError(RuntimeError):
 class VirtualClockLoop(asyncio.SelectorEventLoop):
     """A loop that starts at time 0.0 and jumps from timer to timer. Belongs to the thread that runs it."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_s: float | None = None) -> None:
+        """Make a loop; a jump beyond `limit_s` raises TimeoutError, for tasks that poll and never deadlock."""
+        self._limit_s = limit_s
         self._virtual_now_s = 0.0
         self._num_holds = 0
         super().__init__(_JumpingSelector(self))  # type: ignore[arg-type]  # it is one but for the base class
@@ -77,6 +79,9 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
             return events
         if timeout is None:
             raise DeadlockError(f"nothing is ready, no timer is set at {self.time():.3f} s; {self._describe_tasks()}")
+        if self._limit_s is not None and self._virtual_now_s + timeout > self._limit_s:
+            limit_s, self._limit_s = self._limit_s, None  # once: cleaning up may take time, too
+            raise TimeoutError(f"not done after {limit_s:g} s of virtual time; {self._describe_tasks()}")
         self._virtual_now_s += timeout
         return events
 
@@ -117,16 +122,11 @@ class _JumpingSelector:
 def run_virtual(main: Coroutine[Any, Any, T], *, limit_s: float | None = 86_400.0) -> T:
     """Run `main` on a new `VirtualClockLoop`, like `asyncio.run`, and return its result.
 
-    Raises TimeoutError when `main` is not done after `limit_s` of virtual time (a task that only polls never deadlocks;
-    None switches the limit off), DeadlockError when everything waits for everything.
+    Raises TimeoutError when `main` is not done after `limit_s` of virtual time (None has no limit), DeadlockError when
+    everything waits for everything.
     """
-
-    async def bounded() -> T:
-        async with asyncio.timeout(limit_s):
-            return await main
-
-    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
-        return runner.run(bounded())
+    with asyncio.Runner(loop_factory=lambda: VirtualClockLoop(limit_s)) as runner:
+        return runner.run(main)
 
 
 @contextmanager
@@ -141,8 +141,10 @@ def time_held() -> Iterator[None]:
 
 
 def _where(task: asyncio.Task[Any]) -> str:
-    frames = task.get_stack(limit=1)
-    if not frames:
-        return "?"
-    code = frames[-1].f_code
-    return f"{code.co_qualname}:{frames[-1].f_lineno}"
+    """Name the innermost coroutines in which a task waits, outer ones first."""
+    names: list[str] = []
+    coroutine: Any = task.get_coro()
+    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+        names.append(f"{frame.f_code.co_qualname}:{frame.f_lineno}")
+        coroutine = coroutine.cr_await
+    return " > ".join(names[-3:])
