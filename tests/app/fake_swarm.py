@@ -203,10 +203,21 @@ ERRORS: dict[str, SwarmError | Exception] = {
 }
 
 
+WAIT_S = 20.0  # of the step that `stuck` asks for, unless it is cancelled
+
+
 def scripted_reply(text: str) -> Sequence[str]:
-    """Choose an answer by the question: `long`, `lost`, `full`, `bug`, `wide`, or the one about umbels."""
+    """Choose an answer by the question's first word: an error's, `long`, `wide`, `stuck`; else the one on umbels."""
     word = text.strip().split(" ")[0] if text.strip() else ""
-    return ["!raise " + word] if word in ERRORS else PIECES.findall(LONG if word == "long" else ANSWER)
+    if word in ERRORS:
+        return ["!raise " + word]
+    special = {
+        "long": PIECES.findall(LONG),
+        "wide": ["w" * 200_000] * 200,
+        "stuck": ["one", " two", "!wait", " three"],
+        "echo": [" answer", ".", "\n\n", "Human", ":", EOS],
+    }
+    return special.get(word) or PIECES.findall(ANSWER)
 
 
 class TalkingModel(FakeModel):
@@ -221,7 +232,13 @@ class TalkingModel(FakeModel):
 
 
 class TalkingSession(FakeSession):
-    """Raises the error that the last message names, once it is generated."""
+    """Raises the error, or waits the time, that the script says."""
+
+    def _step_is_cancelled(self) -> bool:
+        if self._script and self._script[0] == "!wait":
+            self._script.pop(0)
+            return self._cancelled.wait(WAIT_S)
+        return super()._step_is_cancelled()
 
     def _raise_scripted(self, number: int) -> None:
         if self._script and self._script[0].startswith("!raise "):

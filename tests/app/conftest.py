@@ -1,0 +1,34 @@
+"""One site under gunicorn for each module that asks for it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.app.site_process import SiteProcess, running_site
+
+SITE = {"sockets": {"send_timeout_s": 1.0, "ws_max": 40}}
+PRIVATE_SITE = {"sockets": {"ws_max": 3, "idle_s": 1.0}, "security": {"public_api": False}}
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[SiteProcess]:
+    """A public site with a fast model."""
+    with running_site("--delay", "0.01", settings=SITE) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def private_site() -> Iterator[SiteProcess]:
+    """A site for its own pages only, with three places, where a session lives for a second."""
+    with running_site("--delay", "0.01", settings=PRIVATE_SITE) as process:
+        yield process
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test no socket, session or connection is left, and gunicorn's count of them is right."""
+    yield
+    for name in ("site", "private_site"):
+        if name in request.fixturenames:
+            found = request.getfixturevalue(name)
+            found.wait_for(lambda c: (c["websockets"], c["open_sessions"], c["nr_conns"]) == (0, 0, 1))
