@@ -20,7 +20,7 @@ from swarm_protocol.transport.base import Directory, FrameStream, StreamHandler
 from swarm_protocol.transport.directory_rules import check_value, is_storable, usable_values
 from swarm_protocol.transport.framed_socket import SCRATCH_BYTES, FramedSocket, FramedStream
 from swarm_protocol.transport.network_config import NetworkConfig
-from swarm_protocol.transport.p2p_daemon import Daemon, DaemonFiles, frame_message, start_daemon
+from swarm_protocol.transport.p2p_daemon import RETRY_S, Daemon, DaemonFiles, frame_message, start_daemon
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torch and protobuf, by way of hivemind; it adds filters of its own, too
@@ -32,7 +32,7 @@ with warnings.catch_warnings():
     from hivemind.utils.logging import use_hivemind_log_handler
     from hivemind.utils.multiaddr import Multiaddr
     from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS, get_dht_time
-# hivemind installs a handler of its own and renames the level WARNING; both are taken back, and its chatter is cut.
+# hivemind installs a log handler and renames the level WARNING; both are taken back, and its chatter is cut.
 use_hivemind_log_handler("nowhere")
 logging.addLevelName(logging.WARNING, "WARNING")
 logging.getLogger("hivemind").setLevel(logging.ERROR)
@@ -41,9 +41,9 @@ __all__ = ["HivemindTransport", "NetworkConfig", "open_transport"]
 
 logger = logging.getLogger(__name__)
 
+_P2PD: Final = Path(hivemind.hivemind_cli.__file__).with_name("p2pd")
 LISTEN_BACKLOG: Final = 1024  # streams that arrive at once wait here; asyncio's default of 100 refuses more
 DIAL_TIMEOUT_S: Final = 30  # the daemon's own limit for a dial whose caller went away
-PING_RETRY_S: Final = 0.5  # between attempts to reach initial peers that are only starting
 UNREGISTER_TIMEOUT_S: Final = 2.0  # to unregister handlers; a daemon that died never answers
 ADDRESS_REFRESH_S: Final = 30.0  # relays and port mappings come and go
 
@@ -91,7 +91,7 @@ class HivemindTransport:
 
     @property
     def peer_id(self) -> PeerId:
-        """This peer's own id."""
+        """This peer's id."""
         return self._peer_id
 
     @property
@@ -106,7 +106,7 @@ class HivemindTransport:
         return self._directory
 
     def now_s(self) -> float:
-        """The swarm's clock: this machine's, which was within 3 s of the other peers' when it joined."""
+        """The swarm's clock: this machine's, within 3 s of the other peers' when it joined."""
         return float(get_dht_time())
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
@@ -126,9 +126,9 @@ class HivemindTransport:
             peer = PeerID.from_base58(peer_id).to_bytes()
         except ValueError:
             raise PeerUnreachableError(f"cannot dial {peer_id!r}: not a peer id") from None
-        request = p2pd_pb2.StreamOpenRequest(peer=peer, proto=[protocol], timeout=DIAL_TIMEOUT_S)
+        opening = p2pd_pb2.StreamOpenRequest(peer=peer, proto=[protocol], timeout=DIAL_TIMEOUT_S)
         try:
-            socket = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=request))
+            socket = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=opening))
         except StreamLostError as error:
             raise PeerUnreachableError(f"cannot reach {peer_id}: {error}") from error
         return FramedStream(peer_id, socket)
@@ -165,16 +165,16 @@ class HivemindTransport:
         for address in config.announce:
             _parse_multiaddr(address)
         peers = {_peer_in(address): address for address in config.initial_peers}
-        self._folder = tempfile.TemporaryDirectory(prefix="umbel-", ignore_cleanup_errors=True)
+        # A socket's path may have about 100 characters, and not every TMPDIR leaves room for ours.
+        place = None if len(tempfile.gettempdir()) <= 70 else "/tmp"  # noqa: S108
+        self._folder = tempfile.TemporaryDirectory(prefix="umbel-", dir=place, ignore_cleanup_errors=True)
         identity_path = Path(config.identity_path or self._path("identity"))
         self._peer_id = load_or_create_identity(identity_path).peer_id
         others = {peer: address for peer, address in peers.items() if peer != self._peer_id}
-        program = Path(hivemind.hivemind_cli.__file__).with_name("p2pd")
-        files = DaemonFiles(program, identity_path, self._path("control.sock"))
+        files = DaemonFiles(_P2PD, identity_path, self._path("control.sock"))
         self._daemon = await start_daemon(config, list(others.values()), files)
         self._remove_ephemeral_key()
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(
+        self._server = await asyncio.get_running_loop().create_unix_server(
             lambda: self._new_socket(self._on_incoming), str(self._path("incoming.sock")), backlog=LISTEN_BACKLOG
         )
         self._p2p = await P2P.replicate(Multiaddr(f"/unix{files.control_socket}"))
@@ -329,7 +329,7 @@ async def _join(node: DHTNode, peers: Mapping[PeerId, str]) -> None:
         offsets_s = [offset_s for offset_s in answers if offset_s is not None]
         if offsets_s:
             break
-        await asyncio.sleep(PING_RETRY_S)
+        await asyncio.sleep(RETRY_S)
     offset_s = statistics.median(offsets_s)
     if abs(offset_s) > MAX_DHT_TIME_DISCREPANCY_SECONDS:
         direction = "behind" if offset_s > 0 else "ahead of"
@@ -351,7 +351,7 @@ async def _ping(node: DHTNode, peer: PeerID) -> float | None:
         logger.debug("no answer from initial peer: %r peer=%s", error, peer)
         return None
     received_s = get_dht_time()
-    if not node.protocol.client_mode and not answer.available:
+    if not (node.protocol.client_mode or answer.available):
         logger.warning("initial peer cannot reach this one back: a firewall or NAT is in the way peer=%s", peer)
     peer_s = float(answer.dht_time)
     if await node.protocol.call_ping(peer) is None:

@@ -165,7 +165,8 @@ async def test_a_process_killed_takes_its_daemon_along_and_peers_see_the_end(tmp
         port = probe.getsockname()[1]
     async with opened() as transport:
         arguments = [sys.executable, "-c", CHILD, transport.addresses[0], str(port), str(tmp_path / "identity")]
-        child = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE)
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        child = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE, env=environment)
         assert child.stdout is not None
         peer_id = (await child.stdout.readline()).decode().strip()
         stream = await transport.dial(peer_id, "hold")  # type: ignore[arg-type]
@@ -183,7 +184,7 @@ async def test_a_process_killed_takes_its_daemon_along_and_peers_see_the_end(tmp
         assert seen_s < 2
 
         # The successor takes over identity and port at once, and can be dialled.
-        again = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE)
+        again = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE, env=environment)
         assert again.stdout is not None
         assert (await asyncio.wait_for(again.stdout.readline(), 30)).decode().strip() == peer_id
         print(f"successor online after {time.monotonic() - killed_at_s:.1f} s")
