@@ -20,7 +20,8 @@ from swarm_protocol.transport.base import Directory, FrameStream, StreamHandler
 from swarm_protocol.transport.directory_rules import check_value, is_storable, usable_values
 from swarm_protocol.transport.framed_socket import SCRATCH_BYTES, FramedSocket, FramedStream
 from swarm_protocol.transport.network_config import NetworkConfig
-from swarm_protocol.transport.p2p_daemon import RETRY_S, Daemon, DaemonFiles, frame_message, start_daemon
+from swarm_protocol.transport.p2p_daemon import RETRY_S, Daemon, DaemonFiles, complete, frame_message, start_daemon
+from swarm_protocol.transport.serving import run_handler
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torch and protobuf, by way of hivemind; it adds filters of its own, too
@@ -177,7 +178,7 @@ class HivemindTransport:
         self._server = await asyncio.get_running_loop().create_unix_server(
             lambda: self._new_socket(self._on_incoming), str(self._path("incoming.sock")), backlog=LISTEN_BACKLOG
         )
-        self._p2p = await P2P.replicate(Multiaddr(f"/unix{files.control_socket}"))
+        await complete(self._connect(files.control_socket))
         await self._refresh_addresses()
         self._node = await DHTNode.create(
             self._p2p,
@@ -198,10 +199,14 @@ class HivemindTransport:
         if config.relay or config.map_ports:
             self._spawn(self._keep_addresses(), "address refresh")
 
+    async def _connect(self, control_socket: Path) -> None:
+        self._p2p = await P2P.replicate(Multiaddr(f"/unix{control_socket}"))
+
     async def _refresh_addresses(self) -> None:
         assert self._p2p is not None
         try:
-            self._addresses = tuple(str(address) for address in await self._p2p.get_visible_maddrs(latest=True))
+            addresses = await complete(self._p2p.get_visible_maddrs(latest=True))
+            self._addresses = tuple(str(address) for address in addresses)
         except ValueError:  # hivemind's way to say that there are none
             self._addresses = ()
 
@@ -261,14 +266,9 @@ class HivemindTransport:
 
     async def _run_handler(self, protocol: str, handler: StreamHandler, stream: FramedStream) -> None:
         try:
-            await handler(stream)
-        except StreamLostError:
-            logger.debug("stream of %s lost peer=%s", protocol, stream.peer_id)
-        except Exception:
-            logger.exception("the handler of %s failed peer=%s", protocol, stream.peer_id)
+            await run_handler(protocol, handler, stream)
         finally:
             self._num_incoming -= 1
-            await stream.close()
 
     def _spawn(self, coroutine: Any, name: str) -> None:
         task = asyncio.create_task(coroutine, name=name)

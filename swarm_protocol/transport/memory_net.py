@@ -17,21 +17,19 @@ Randomness enters only by `LinkProfile.loss`, drawn from the generator that the 
 
 import asyncio
 import hashlib
-import logging
 import random
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from swarm_protocol.errors import PeerUnreachableError, StreamLostError
+from swarm_protocol.errors import PeerUnreachableError
 from swarm_protocol.identity import Identity
 from swarm_protocol.ids import PeerId
 from swarm_protocol.transport.base import FrameStream, StreamHandler
 from swarm_protocol.transport.directory_rules import check_value
 from swarm_protocol.transport.memory_stream import Fuse, Link, LinkProfile, MemoryStream, connect
+from swarm_protocol.transport.serving import run_handler
 
 __all__ = ["LinkProfile", "MemoryDirectory", "MemoryNetwork", "MemoryTransport"]
-
-logger = logging.getLogger(__name__)
 
 WINDOW_BYTES: Final = 256 * 1024  # under way and unread, per direction; what sockets and daemon hold is of this order
 EPOCH_S: Final = 1_700_000_000.0  # the swarm's clock when the network is made; any fixed value does
@@ -275,20 +273,10 @@ class MemoryTransport:
         stream = MemoryStream(self._peer_id, far.owner, self.network.link(self._peer_id, far.owner), self._forget)
         connect(stream, far)
         self.streams.append(stream)
-        task = asyncio.create_task(self._run_handler(protocol, handler, stream), name=f"{protocol} handler")
+        task = asyncio.create_task(run_handler(protocol, handler, stream), name=f"{protocol} handler")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return None
-
-    async def _run_handler(self, protocol: str, handler: StreamHandler, stream: MemoryStream) -> None:
-        try:
-            await handler(stream)
-        except StreamLostError:
-            logger.debug("stream of %s lost peer=%s", protocol, stream.peer_id)
-        except Exception:
-            logger.exception("the handler of %s failed peer=%s", protocol, stream.peer_id)
-        finally:
-            await stream.close()
 
     def _forget(self, stream: MemoryStream) -> None:
         if stream in self.streams:

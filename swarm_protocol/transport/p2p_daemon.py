@@ -12,16 +12,18 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from swarm_protocol.errors import ConfigError, InternalError, PeerUnreachableError
 from swarm_protocol.transport.network_config import NetworkConfig
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RETRY_S: Final = 0.5  # between attempts to bind a port that is in use, and to reach initial peers
 PORT_GRACE_S: Final = 4.0  # the daemon of a process that was killed holds its port for up to 2 s (measured 1.3 s)
@@ -107,6 +109,18 @@ def frame_message(message: bytes) -> bytes:
         size >>= 7
     head.append(size)
     return bytes(head) + message
+
+
+async def complete(exchange: Coroutine[Any, Any, T]) -> T:
+    """Await a short exchange with the daemon to its end even when cancelled: hivemind's would leave a socket open."""
+    task = asyncio.create_task(exchange)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task], timeout=STOP_GRACE_S)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
 
 
 def _flags(config: NetworkConfig, initial_peers: Sequence[str], files: DaemonFiles) -> list[str]:

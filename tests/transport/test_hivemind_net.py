@@ -104,12 +104,13 @@ async def test_closing_leaves_no_task_process_or_file(tmp_path: Path, monkeypatc
 
 async def test_cancelling_the_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for delay_s in (0.0, 0.02, 0.1, 0.2, 0.25):
+    for delay_s in (0.0, 0.02, 0.1, 0.15, 0.16, 0.17, 0.18, 0.19, 0.2, 0.21, 0.22, 0.25):
         opening = asyncio.create_task(open_transport(LOCAL))
         await asyncio.sleep(delay_s)
         opening.cancel()
         with suppress(asyncio.CancelledError):
             await (await opening).close()
+        gc.collect()
         assert daemons_of(os.getpid()) == []
         assert files_in(tmp_path) == []
 
