@@ -16,7 +16,7 @@ from server_node.config import ModelChoice, NodeConfig, NodeLimits
 from server_node.handlers import NodeHandlers
 from server_node.placement import choose_span, num_blocks_that_fit
 from server_node.sessions import SessionTable
-from swarm_protocol.errors import ConfigError, InvalidRecordError, PeerUnreachableError
+from swarm_protocol.errors import ConfigError, InvalidRecordError, StreamLostError, PeerUnreachableError
 from swarm_protocol.identity import Identity, load_or_create_identity, verify
 from swarm_protocol.ids import PeerId, short_peer
 from swarm_protocol.messages import COMPUTE_PROTOCOL, PROTOCOL_VERSIONS, SESSION_PROTOCOL
@@ -111,7 +111,10 @@ class Node:
         self._limits = limits
 
     async def serve(self, stop: asyncio.Event, on_online: Callable[[], None]) -> None:
-        """Serve sessions and forward passes until `stop` is set and what ran by then has ended."""
+        """Serve sessions and forward passes until `stop` is set and what ran by then has ended.
+
+        Raises StreamLostError if the network is lost for good: a node that nobody reaches must not look alive.
+        """
         async with asyncio.TaskGroup() as group:
             handlers = NodeHandlers(self.admission, self.sessions, self._worker, group)
             await self._transport.serve(SESSION_PROTOCOL, handlers.serve_session)
@@ -119,10 +122,22 @@ class Node:
             self._announcer.serving(self.admission.served.cache_tokens, lambda: self.admission.free_tokens)
             await self._announcer.announce("online")
             on_online()
-            await stop.wait()
+            await _stopped_or_lost(stop, self._transport)
             self.admission.is_draining = True
             await self._announcer.announce("draining")
             await handlers.drain(self._limits.drain_s)
+
+
+async def _stopped_or_lost(stop: asyncio.Event, transport: Transport) -> None:
+    lost = asyncio.create_task(transport.until_lost(), name="network-watch")
+    stopped = asyncio.create_task(stop.wait(), name="stop-watch")
+    try:
+        await asyncio.wait([lost, stopped], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        lost.cancel()
+        stopped.cancel()
+    if not stop.is_set():
+        raise StreamLostError("the network daemon ended; start the node again")
 
 
 @asynccontextmanager

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta, TextModel, TextSession
     from swarm_client.inference_session import InferenceSession
     from swarm_client.model import AutoDistributedModelForCausalLM, DistributedCausalLM
-    from swarm_client.open_text_model import open_text_model
     from swarm_client.swarm import Swarm
+    from swarm_client.text_models import open_text_model
     from swarm_protocol.errors import SwarmError
 
 __all__ = [
@@ -49,7 +49,7 @@ _HOMES = {
     "TextDelta": "swarm_client.generation.text_session",
     "TextModel": "swarm_client.generation.text_session",
     "TextSession": "swarm_client.generation.text_session",
-    "open_text_model": "swarm_client.open_text_model",
+    "open_text_model": "swarm_client.text_models",
 }
 
 

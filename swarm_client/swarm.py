@@ -3,7 +3,7 @@
 import asyncio
 import atexit
 import itertools
-import random
+import secrets
 import weakref
 from collections.abc import Sequence
 
@@ -83,7 +83,7 @@ class Swarm:
                 model,
                 needed_tokens=0,
                 avoided=watcher.avoided,
-                rng=random.SystemRandom(),
+                choose=secrets.choice,
             )
             outputs: list[WireTensor] = []
             try:

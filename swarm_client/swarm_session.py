@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import random
 import secrets
 import time
 from collections.abc import Sequence
@@ -76,7 +75,7 @@ class SwarmSession:
                 self._model,
                 needed_tokens=self._batch_size * self._max_length,
                 avoided=self._watcher.avoided,
-                rng=random.SystemRandom(),
+                choose=secrets.choice,
             )
             try:
                 await self._open_hops(hops)

@@ -1,7 +1,6 @@
 """Pure: choose the nodes that a session goes through."""
 
-import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from swarm_protocol.errors import CacheFullError, MissingBlocksError, RevisionMismatchError
@@ -33,9 +32,9 @@ def find_route(
     *,
     needed_tokens: int,
     avoided: Collection[PeerId],
-    rng: random.Random,
+    choose: Callable[[Sequence[NodeRecord]], NodeRecord],
 ) -> list[Hop]:
-    """Return the hops of a route with the fewest nodes, chosen at random among equal ones.
+    """Return the hops of a route with the fewest nodes; `choose` picks one of equal ones.
 
     Going on with the node that reaches furthest gives the fewest, since spans are intervals. `needed_tokens` must be
     free at every node. Nodes in `avoided` are used only for blocks that nobody else serves: a node that failed a
@@ -61,7 +60,7 @@ def find_route(
     hops: list[Hop] = []
     block = 0
     while block < model.num_blocks:
-        record = _furthest(trusted, block, rng) or _furthest(roomy, block, rng)
+        record = _furthest(trusted, block, choose) or _furthest(roomy, block, choose)
         if record is None:
             raise AssertionError("coverage was checked above")
         end = min(record.end_block, model.num_blocks)
@@ -70,9 +69,11 @@ def find_route(
     return hops
 
 
-def _furthest(records: Sequence[NodeRecord], block: int, rng: random.Random) -> NodeRecord | None:
+def _furthest(
+    records: Sequence[NodeRecord], block: int, choose: Callable[[Sequence[NodeRecord]], NodeRecord]
+) -> NodeRecord | None:
     holders = [r for r in records if r.start_block <= block < r.end_block]
     if not holders:
         return None
     end = max(r.end_block for r in holders)
-    return rng.choice([r for r in holders if r.end_block == end])
+    return choose([r for r in holders if r.end_block == end])

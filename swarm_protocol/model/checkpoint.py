@@ -41,7 +41,7 @@ class Checkpoint(Protocol):
     def config(self) -> PreTrainedConfig: ...
     @property
     def name(self) -> str:
-        """The model's name in the swarm: folder name, repository id or GGUF name, of `[A-Za-z0-9._/-]`."""
+        """The model's name in the swarm: folder name, repository id, or GGUF file name without its encoding, of `[A-Za-z0-9._/-]`."""
 
     @property
     def revision(self) -> str:

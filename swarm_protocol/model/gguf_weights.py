@@ -5,6 +5,7 @@ here, too; unlike its loader, only the wanted tensors are touched.
 """
 
 import hashlib
+import re
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -34,6 +35,10 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from swarm_protocol.errors import CheckpointError
 from swarm_protocol.model.safetensors_files import StoredTensor, samples
+
+# GGUF files are named <model>-<encoding>.gguf or <model>.<encoding>.gguf by convention. The name inside the file is
+# often left over from training ("Mix1-Ep2"), so people, and the swarm, go by the file's.
+_ENCODING = re.compile(r"[.-](I?Q\d\w*|TQ\d\w*|MXFP4|BF16|F16|F32)$", re.IGNORECASE)
 
 _PLAIN_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -162,7 +167,7 @@ def open_gguf(path: Path, clean_name: Callable[[str], str]) -> GgufCheckpoint:
     for piece in samples(path, count=256):
         digest.update(piece)
     fields = _read_config(path)
-    name = clean_name(str(fields.get("_model_name_or_path") or path.stem))
+    name = clean_name(_ENCODING.sub("", path.stem))
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     return GgufCheckpoint(path, name, digest.hexdigest()[:16], config)
 

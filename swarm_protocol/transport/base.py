@@ -77,7 +77,7 @@ class Transport(Protocol):
         """The swarm's directory as this peer sees it."""
 
     def now_s(self) -> float:
-        """The swarm's clock: seconds since the epoch, corrected towards the other peers'."""
+        """The swarm's clock: seconds since the epoch. Joining fails where it is more than 3 s away from the peers'."""
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
         """Run `handler` for every stream that a peer opens under the name `protocol`."""
@@ -87,6 +87,9 @@ class Transport(Protocol):
 
         Raises PeerUnreachableError if the peer cannot be reached or does not serve `protocol`.
         """
+
+    async def until_lost(self) -> None:
+        """Wait until the network is lost for good: streams end, dials fail, and only a new transport helps."""
 
     async def close(self) -> None:
         """Stop serving, close every stream and leave the network. Idempotent."""

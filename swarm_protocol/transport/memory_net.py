@@ -188,6 +188,7 @@ class MemoryTransport:
         self._handlers: dict[str, StreamHandler] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._directory = MemoryDirectory(self)
+        self._lost = asyncio.Event()
 
     @property
     def peer_id(self) -> PeerId:
@@ -241,6 +242,10 @@ class MemoryTransport:
             self.streams.append(near)
         return near
 
+    async def until_lost(self) -> None:
+        """Wait until this peer is killed."""
+        await self._lost.wait()
+
     async def close(self) -> None:
         """Leave the network in good order: the others see the ends of their streams after the frames under way."""
         if self.is_closed:
@@ -258,6 +263,7 @@ class MemoryTransport:
         if self.is_closed:
             return
         self.is_closed = True
+        self._lost.set()
         for task in self._tasks:
             task.cancel()
         seen_at_s = asyncio.get_running_loop().time() + self.network.detection_s

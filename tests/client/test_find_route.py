@@ -29,7 +29,7 @@ def route(*records: NodeRecord, needed_tokens: int = 10, avoided: set[str] | Non
         MODEL,
         needed_tokens=needed_tokens,
         avoided={PeerId(name) for name in avoided or set()},
-        rng=random.Random(0),
+        choose=random.Random(0).choice,
     )
 
 
@@ -77,7 +77,7 @@ def test_a_peer_that_failed_is_used_only_where_nobody_else_is() -> None:
 def test_equal_nodes_share_the_load() -> None:
     records = [record(name, 0, 10) for name in "abcd"]
     rng = random.Random(1)
-    chosen = {find_route(records, MODEL, needed_tokens=1, avoided=(), rng=rng)[0].peer_id for _ in range(100)}
+    chosen = {find_route(records, MODEL, needed_tokens=1, avoided=(), choose=rng.choice)[0].peer_id for _ in range(100)}
     assert chosen == set("abcd")
 
 
@@ -89,9 +89,9 @@ def test_a_route_is_gapless_and_shortest(held: list[Span], rng: random.Random) -
     records = [record(f"p{i}", span.start, span.end) for i, span in enumerate(held)]
     if uncovered(held, 10):
         with pytest.raises(MissingBlocksError):
-            find_route(records, MODEL, needed_tokens=0, avoided=(), rng=rng)
+            find_route(records, MODEL, needed_tokens=0, avoided=(), choose=rng.choice)
         return
-    hops = find_route(records, MODEL, needed_tokens=0, avoided=(), rng=rng)
+    hops = find_route(records, MODEL, needed_tokens=0, avoided=(), choose=rng.choice)
     assert [block for hop in hops for block in range(hop.span.start, hop.span.end)] == list(range(10))
     assert all(held[int(hop.peer_id[1:])].contains(hop.span) for hop in hops)
     fewest = [0] + [99] * 10

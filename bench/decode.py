@@ -1,0 +1,187 @@
+"""Tokens/s of one session through 1, 2 and 3 nodes on this machine, against transformers in one process.
+
+    python -m bench.decode [--rounds 7] [--tokens 32] [--threads 1] [--dtype float32]
+
+Every way runs in turn, round by round, so that a noisy machine disturbs all of them alike; the table gives medians,
+the spread (smallest and largest round) and the ratio to transformers of the same round. All processes have `--threads`
+threads each. A second table says where a token's time goes; a third, what a hop costs at hidden 4096 when its block
+computes next to nothing.
+"""
+
+import argparse
+import contextlib
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from app.demo import find_model
+from bench.machine import describe_machine
+from bench.node_processes import NodeProcess
+from swarm_client import AutoDistributedModelForCausalLM, ClientConfig, DistributedCausalLM
+from swarm_client.swarm_session import HopTiming
+
+PROMPT_TOKENS = 16
+CLIENT = ClientConfig(host="127.0.0.1", relay=False)
+CUTS = {1: ["0:30"], 2: ["0:15", "15:30"], 3: ["0:10", "10:20", "20:30"]}
+
+
+@dataclass(slots=True)
+class Way:
+    """One way to generate: seconds per token of each round, and for nodes the times of every hop and token."""
+
+    name: str
+    run: Callable[[torch.Tensor, int], float]
+    token_s: list[float] = field(default_factory=list)
+    hops: list[tuple[HopTiming, ...]] = field(default_factory=list)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"{describe_machine()}; {options.threads} thread(s) per process, {options.dtype}\n", flush=True)
+    with contextlib.ExitStack() as stack:
+        ways = _ways(stack, options.threads, options.dtype)
+        prompt = torch.arange(100, 100 + PROMPT_TOKENS)[None]
+        for way in ways:
+            way.run(prompt, 4)
+            way.hops.clear()
+        for number in range(options.rounds):
+            for way in ways:
+                way.token_s.append(way.run(prompt, options.tokens))
+            print(f"round {number + 1} of {options.rounds}", flush=True)
+        _print_speeds(ways)
+        _print_shares(ways[1:])
+    _print_hop(options.threads)
+
+
+def _ways(stack: contextlib.ExitStack, threads: int, dtype: str) -> list[Way]:
+    model = find_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        local = AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=getattr(torch, dtype))
+    ways = [Way("transformers, one process", lambda prompt, n: _time_local(local, prompt, n))]
+    options = ("--threads", str(threads), "--dtype", dtype, "--cache-tokens", "4096")
+    for num_nodes, blocks in CUTS.items():
+        first = stack.enter_context(NodeProcess(str(model), blocks[0], (), *options)).wait_until_online()
+        for span in blocks[1:]:
+            stack.enter_context(NodeProcess(str(model), span, [first.address], *options)).wait_until_online()
+        remote = AutoDistributedModelForCausalLM.from_pretrained(
+            str(model), initial_peers=[first.address], config=CLIENT, dtype=dtype
+        )
+        stack.callback(remote.close)
+        way = Way(f"Umbel, {num_nodes} node{'s' * (num_nodes > 1)}", lambda prompt, n: 0.0)
+        way.run = _remote_timer(remote, way)
+        ways.append(way)
+    return ways
+
+
+def _time_local(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> float:
+    """Return seconds per token of transformers' own generate, the prefill's share taken out."""
+    mask = torch.ones_like(prompt)
+    times = []
+    for count in (1, num_tokens + 1):
+        started_s = time.perf_counter()
+        model.generate(prompt, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        times.append(time.perf_counter() - started_s)
+    return (times[1] - times[0]) / num_tokens
+
+
+def _remote_timer(model: DistributedCausalLM, way: Way) -> Callable[[torch.Tensor, int], float]:
+    @torch.inference_mode()
+    def run(prompt: torch.Tensor, num_tokens: int) -> float:
+        with model.inference_session(max_length=prompt.shape[1] + num_tokens + 1) as session:
+            ids, position = prompt, 0
+            started_s = 0.0
+            for count in range(num_tokens + 1):
+                output = session.step(model.ends.embed(ids, position))
+                position += ids.shape[1]
+                ids = model.ends.logits(output[:, -1:])[:, -1].argmax(-1, keepdim=True)
+                if count == 0:
+                    started_s = time.perf_counter()
+                else:
+                    way.hops.append(session.last_timings)
+            return (time.perf_counter() - started_s) / num_tokens
+
+    return run
+
+
+def _print_speeds(ways: Sequence[Way]) -> None:
+    print("\n| way | tokens/s, median | smallest–largest | × transformers, median of rounds |\n|---|---|---|---|")
+    for way in ways:
+        speeds = [1 / seconds for seconds in way.token_s]
+        ratios = [base / own for base, own in zip(ways[0].token_s, way.token_s, strict=True)]
+        print(
+            f"| {way.name} | {statistics.median(speeds):.1f} | {min(speeds):.1f}–{max(speeds):.1f} "
+            f"| {statistics.median(ratios):.2f} |"
+        )
+
+
+def _print_shares(ways: Sequence[Way]) -> None:
+    print("\n| ms per token, medians | all | compute | node queue | wire and loops, all hops | per hop | client |")
+    print("|---|---|---|---|---|---|---|")
+    for way in ways:
+        compute = _median(sum(hop.compute_s for hop in hops) for hops in way.hops)
+        queue = _median(sum(hop.queue_s for hop in hops) for hops in way.hops)
+        hops_s = _median(sum(hop.total_s for hop in hops) for hops in way.hops)
+        wire = _median(sum(hop.total_s - hop.compute_s - hop.queue_s for hop in hops) for hops in way.hops)
+        per_hop = _median(h.total_s - h.compute_s - h.queue_s for hops in way.hops for h in hops)
+        whole = statistics.median(way.token_s) * 1e3
+        print(
+            f"| {way.name} | {whole:.1f} | {compute:.1f} | {queue:.2f} | {wire:.2f} | {per_hop:.2f} "
+            f"| {whole - hops_s:.1f} |"
+        )
+
+
+def _median(seconds: "Sequence[float] | object") -> float:
+    return statistics.median(seconds) * 1e3  # type: ignore[arg-type]
+
+
+def _print_hop(threads: int) -> None:
+    """What one hop costs in software: batch 1, hidden 4096, a block of next to no work."""
+    config = LlamaConfig(
+        hidden_size=4096, num_attention_heads=1, num_key_value_heads=1, head_dim=8, intermediate_size=8,
+        num_hidden_layers=1, vocab_size=32,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        LlamaForCausalLM(config).save_pretrained(folder)
+        path = str(Path(folder))
+        node = stack.enter_context(NodeProcess(path, "0:1", (), "--threads", str(threads), "--cache-tokens", "4096"))
+        node.wait_until_online()
+        model = AutoDistributedModelForCausalLM.from_pretrained(path, initial_peers=[node.address], config=CLIENT)
+        stack.callback(model.close)
+        steps, hops = [], []
+        with model.inference_session(max_length=2000) as session, torch.inference_mode():
+            state = torch.randn(1, 1, 4096)
+            for _ in range(1500):
+                started_s = time.perf_counter()
+                session.step(state)
+                steps.append(time.perf_counter() - started_s)
+                hops.append(session.last_timings[0])
+        steps, hops = steps[100:], hops[100:]
+        overhead = [step - hop.compute_s for step, hop in zip(steps, hops, strict=True)]
+        print("\n| one hop, hidden 4096, batch 1, ms | median | 90 % |\n|---|---|---|")
+        for name, values in (
+            ("whole step as the caller sees it", steps),
+            ("of it compute at the node", [hop.compute_s for hop in hops]),
+            ("of it waiting in the node", [hop.queue_s for hop in hops]),
+            ("software overhead: step less compute", overhead),
+        ):
+            high = sorted(values)[len(values) * 9 // 10]
+            print(f"| {name} | {statistics.median(values) * 1e3:.2f} | {high * 1e3:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
