@@ -192,18 +192,28 @@ class ChatSocket:
 
     @contextmanager
     def _generating(self, session: TextSession, generation_id: str | None) -> Iterator[None]:
-        """Let the peer and the end of the site cancel `session` while the handler's thread is inside."""
-        self._is_cancelled = False
+        """Let the peer and the end of the site cancel `session` while the handler's thread is inside.
+
+        Raises SiteDrainingError on leaving when it was the site.
+        """
+        self._is_cancelled = is_cut = False
 
         def cancel() -> None:
             self._is_cancelled = True
             session.cancel()
 
+        def cut() -> None:
+            nonlocal is_cut
+            is_cut = True
+            cancel()
+
         try:
-            with self._site.drain.cancelling(cancel), self._link.interrupting(generation_id, cancel):
+            with self._site.drain.cancelling(cut), self._link.interrupting(generation_id, cancel):
                 yield
         finally:
             self._last_used_s = time.monotonic()
+        if is_cut:
+            raise SiteDrainingError
 
     def _generate_legacy(self, command: LegacyGenerate) -> None:
         session = self._open_session()
@@ -217,8 +227,6 @@ class ChatSocket:
                     self._link.send(legacy_reply_frame(reply))
                 if self._is_cancelled:
                     session.cancel()
-        if self._is_cancelled:
-            raise SiteDrainingError
         logger.info("generated protocol=2 new_tokens=%d session=%s", num_tokens, self._session_id)
 
     def _generate(self, command: Generate) -> None:

@@ -1,5 +1,6 @@
 """The site under gunicorn: one worker of threads, started here or by `gunicorn.conf.py`."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +34,12 @@ def gunicorn_settings(config: SiteConfig) -> dict[str, Any]:
 
     def post_worker_init(worker: Any) -> None:
         port = worker.sockets[0].getsockname()[1]
-        site_of(worker.wsgi).start(
-            is_alive=lambda: bool(worker.alive), on_ready=lambda: announce_ready(config.host, port)
-        )
+
+        def is_alive() -> bool:
+            # A worker whose master was killed ends as well, though nobody tells it to; its sockets would keep it.
+            return bool(worker.alive) and os.getppid() == worker.ppid
+
+        site_of(worker.wsgi).start(is_alive, on_ready=lambda: announce_ready(config.host, port))
 
     def worker_exit(_server: Any, worker: Any) -> None:
         if isinstance(getattr(worker, "wsgi", None), Flask):

@@ -93,7 +93,7 @@ export function fail(conversation) {
 
 /** Return how much of the context the conversation uses, as {used, max}, or null before the first answer. */
 export function contextUse(conversation, max) {
-  const usage = conversation.messages.findLast(({ outcome }) => outcome !== null)?.outcome.usage;
+  const usage = conversation.messages.findLast(({ outcome }) => outcome?.usage)?.outcome.usage;
   if (!usage || !max) return null;
   return { used: Math.min(max, usage.prompt_tokens + usage.completion_tokens), max };
 }

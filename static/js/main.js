@@ -76,6 +76,7 @@ function newChat() {
 
 function failWith(problem) {
   error = problem;
+  byId('status').textContent = ''; // the alert speaks
   change(fail(conversation));
 }
 

@@ -22,7 +22,7 @@ const ERRORS = {
 
 /** Return what to show for an error {code, message, retryable, request_id?}. */
 export function errorText({ code, message, request_id: requestId }) {
-  const known = ERRORS[code];
+  const known = Object.hasOwn(ERRORS, code) ? ERRORS[code] : null;
   if (!known) return message ? `The site answered: ${message}` : ERRORS.internal_error;
   return code === 'internal_error' && requestId ? `${known} Its log knows more under ${requestId}.` : known;
 }

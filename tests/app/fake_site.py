@@ -6,6 +6,7 @@ Adds `/test/counts` to the site, which tells what the fake and gunicorn counted.
 import argparse
 import json
 import logging
+import os
 import sys
 import threading
 from dataclasses import replace
@@ -32,6 +33,7 @@ def make_app(config: SiteConfig, model: FakeModel) -> Flask:
             cancels=model.counts.cancels,
             websockets=site.sockets.taken,
             nr_conns=_worker_connections(),
+            pid=os.getpid(),
             threads=threading.active_count(),
         )
 

@@ -18,9 +18,7 @@ def client(site):
 
 def test_readme_javascript_pipelines_open_and_generate(client):
     client.send(type="open_inference_session", max_length=30)
-    client.send(
-        type="generate", inputs='A cat in French is "', max_length=30, do_sample=1, temperature=0.6, top_p=0.9
-    )
+    client.send(type="generate", inputs='A cat in French is "', max_length=30, do_sample=1, temperature=0.6, top_p=0.9)
     opened, reply = client.receive(), client.receive()
     assert opened == {"ok": True}  # no `outputs`: that is how the sample tells the two apart
     assert set(reply) == {"ok", "outputs", "stop", "token_count"}
