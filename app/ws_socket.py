@@ -71,7 +71,10 @@ class WebSocketStream:
 
     def _wait_writable(self, deadline_s: float) -> None:
         poller = select.poll()  # select.select() fails for descriptors from 1024 on
-        poller.register(self._sock.fileno(), select.POLLOUT)
+        try:
+            poller.register(self._sock.fileno(), select.POLLOUT)
+        except ValueError:
+            raise BrokenPipeError("the connection was closed meanwhile") from None
         left_s = deadline_s - time.monotonic()
         if left_s <= 0 or not poller.poll(left_s * 1000):
             self._is_broken = True
@@ -87,30 +90,40 @@ class WebSocketStream:
         return self._sock.fileno()
 
     def close(self) -> None:
-        """End the connection, after the peer had a moment to read what was sent. Idempotent; any thread."""
+        """End the connection and free the descriptor. Called by the reading thread as the last thing it does."""
+        self.end()
+        self._sock.close()
+
+    def end(self) -> None:
+        """End the connection, after the peer had a moment to read what was sent. Idempotent; any thread.
+
+        The descriptor of an accepted websocket stays open for the reading thread: closed under its feet, it would
+        drop out of that thread's selector without a word, and the thread would wait for the next ping.
+        """
         with self._close_lock:
             if self._is_closed:
                 return
             self._is_closed = True
         if self.on_close is not None:
             self.on_close()
-        if self._is_used:  # a shutdown reaches gunicorn's descriptor too, which answers if no websocket was accepted
-            if not self._is_broken:
-                self._shutdown(socket.SHUT_WR)
-                self._wait_for_peer()
-            self._shutdown(socket.SHUT_RDWR)
-        self._sock.close()
+        if not self._is_used:  # gunicorn answers on the connection; a shutdown would reach its descriptor too
+            self._sock.close()
+            return
+        if not self._is_broken:
+            self._shutdown(socket.SHUT_WR)
+            self._wait_for_peer()
+        self._shutdown(socket.SHUT_RDWR)
 
     def _wait_for_peer(self) -> None:
         """Read and drop until the peer closes: closing with unread bytes would reset the connection."""
         poller = select.poll()
-        poller.register(self._sock.fileno(), select.POLLIN)
         deadline_s = time.monotonic() + LINGER_S
         try:
+            poller.register(self._sock.fileno(), select.POLLIN)
             while (left_s := deadline_s - time.monotonic()) > 0 and poller.poll(left_s * 1000):
                 if not self._sock.recv(65536, socket.MSG_DONTWAIT):
                     return
-        except OSError:  # reset, or the reading thread was faster and sees the end as well
+        except (OSError, ValueError):  # reset, or the reading thread was faster and has closed already
             return
 
     def _shutdown(self, how: int) -> None:
@@ -138,6 +151,6 @@ def with_websockets(app: WsgiApp, send_timeout_s: float) -> WsgiApp:
         try:
             return app(environ, start_response)
         finally:
-            stream.close()
+            stream.end()
 
     return run

@@ -7,6 +7,7 @@ import pytest
 from tests.app.site_process import SiteProcess, running_site
 
 SITE = {"sockets": {"send_timeout_s": 1.0, "ws_max": 40}}
+COUNTED = ("websockets", "open_sessions", "reading_threads", "nr_conns")
 PRIVATE_SITE = {"sockets": {"ws_max": 3, "idle_s": 1.0}, "security": {"public_api": False}}
 
 
@@ -26,9 +27,9 @@ def private_site() -> Iterator[SiteProcess]:
 
 @pytest.fixture(autouse=True)
 def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each test no socket, session or connection is left, and gunicorn's count of them is right."""
+    """After each test no socket, session, thread or connection is left, and gunicorn's count of them is right."""
     yield
     for name in ("site", "private_site"):
         if name in request.fixturenames:
             found = request.getfixturevalue(name)
-            found.wait_for(lambda c: (c["websockets"], c["open_sessions"], c["nr_conns"]) == (0, 0, 1))
+            found.wait_for(lambda counts: [counts[name] for name in COUNTED] == [0, 0, 0, 1])  # its own is the 1

@@ -34,7 +34,7 @@ def make_app(config: SiteConfig, model: FakeModel) -> Flask:
             websockets=site.sockets.taken,
             nr_conns=_worker_connections(),
             pid=os.getpid(),
-            threads=threading.active_count(),
+            reading_threads=sum("simple_websocket" in thread.name for thread in threading.enumerate()),
         )
 
     return app

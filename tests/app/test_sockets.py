@@ -268,4 +268,4 @@ def test_sigterm_lets_answers_end_and_closes_with_1012():
             assert stuck.close_code() == 1012
         assert site.process.wait(10) == 0
         assert time.monotonic() - started_s < 6.0
-    assert not any("Traceback" in line or "ERROR" in line for line in site.log), site.log
+    assert not any("Traceback" in line or "ERROR" in line for line in site.log), "".join(site.log)
