@@ -19,10 +19,11 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         help="serve the site",
         description="Serve the site. Every option may also be given by the environment: UMBEL_MODELS, "
-        "UMBEL_INITIAL_PEERS, UMBEL_HOST, PORT.",
+        "UMBEL_INITIAL_PEERS, UMBEL_RELAY, UMBEL_HOST, PORT.",
     )
     serve.add_argument("--model", action="append", metavar="MODEL", help="a hub name, folder or GGUF file; repeatable")
     serve.add_argument("--initial-peers", nargs="+", metavar="MADDR", help="multiaddresses of peers of the swarm")
+    serve.add_argument("--no-relay", action="store_true", help="do not reach nodes behind a NAT through relays")
     serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default 5000)")
     demo = commands.add_parser("demo", help="run two nodes and the site on this machine", add_help=False)
@@ -36,6 +37,8 @@ def serve_config(options: argparse.Namespace, config: SiteConfig) -> SiteConfig:
         config = replace(config, models=tuple(options.model))
     if options.initial_peers is not None:
         config = replace(config, initial_peers=tuple(options.initial_peers))
+    if options.no_relay:
+        config = replace(config, relay=False)
     if options.host is not None:
         config = replace(config, host=options.host)
     if options.port is not None:

@@ -56,6 +56,7 @@ class SiteConfig:
 
     models: tuple[str, ...] = ()  # what swarm_client opens: a hub name, a folder, a GGUF file
     initial_peers: tuple[str, ...] = ()  # multiaddresses of peers through which the swarm is joined
+    relay: bool = True  # nodes behind a NAT are reached through relays; without, the site listens for no peer at all
     host: str = "127.0.0.1"
     port: int = 5000
     http_threads: int = 48  # threads beyond those of the sockets, so that pages and probes are always answered

@@ -203,8 +203,8 @@ def node_arguments(model: Path, span: Span, place: Sequence[str]) -> list[str]:
 
 def site_arguments(model: Path, initial_peer: str, port: int) -> list[str]:
     """Return the command line of the site."""
-    return ["app.cli", "serve", "--model", str(model), "--initial-peers", initial_peer, "--host", LOOPBACK,
-            "--port", str(port)]  # fmt: skip
+    return ["app.cli", "serve", "--model", str(model), "--initial-peers", initial_peer, "--no-relay",
+            "--host", LOOPBACK, "--port", str(port)]  # fmt: skip
 
 
 def child_environment(environment: dict[str, str]) -> dict[str, str]:

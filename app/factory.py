@@ -6,7 +6,7 @@ from flask import Flask
 
 from app import api_errors, api_http, api_openai, api_ws, pages, security
 from app.config import SiteConfig, environment_config
-from app.model_registry import ModelRegistry, swarm_sources
+from app.model_registry import ModelRegistry, swarm_registry
 from app.site import Site
 from app.ws_socket import with_websockets
 
@@ -20,7 +20,7 @@ def create_app(config: SiteConfig | None = None, models: ModelRegistry | None = 
     `config` None means the environment's; `models` None means the models of `config`, through the swarm.
     """
     config = environment_config() if config is None else config
-    site = Site(config, models or ModelRegistry(swarm_sources(config)))
+    site = Site(config, models or swarm_registry(config))
     app = Flask("app", static_folder=None, template_folder=str(pages.TEMPLATE_FOLDER))
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
     app.config["MAX_FORM_MEMORY_SIZE"] = MAX_BODY_BYTES

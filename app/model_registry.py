@@ -4,12 +4,16 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 from app.config import SiteConfig
 from app.errors import ModelLoadingError, ModelNotFoundError
 from swarm_client.generation.text_session import TextModel
 from swarm_protocol.errors import SwarmError
+
+if TYPE_CHECKING:
+    from swarm_client import Swarm
 
 logger = logging.getLogger(__name__)
 
@@ -37,45 +41,58 @@ class ModelEntry:
     missing: tuple[str, ...]
 
 
-def swarm_sources(config: SiteConfig) -> tuple[ModelSource, ...]:
+class SwarmConnection:
+    """The site's one connection to the swarm, shared by all models; made when the first of them is opened."""
+
+    def __init__(self, initial_peers: Sequence[str], *, relay: bool) -> None:
+        self._initial_peers, self._relay = tuple(initial_peers), relay
+        self._swarm: Swarm | None = None
+
+    def open_model(self, source: str) -> TextModel:
+        """Return a model of the swarm. Blocks; one thread at a time. Raises SwarmError."""
+        # Here and not above: this loads the numeric libraries, which must happen after gunicorn forked.
+        from swarm_client import ClientConfig, Swarm, open_text_model
+
+        if self._swarm is None:
+            self._swarm = Swarm.connect(ClientConfig(initial_peers=self._initial_peers, relay=self._relay))
+        return open_text_model(source, swarm=self._swarm)
+
+    def close(self) -> None:
+        """Leave the swarm. Idempotent."""
+        if self._swarm is not None:
+            self._swarm.close()
+
+
+def swarm_registry(config: SiteConfig) -> "ModelRegistry":
     """Return the models of `config`, to be opened through the swarm that its peers belong to."""
-
-    def opener(source: str) -> Callable[[], TextModel]:
-        def open_model() -> TextModel:
-            # Here and not above: this loads the numeric libraries, which must happen after gunicorn forked.
-            from swarm_client import open_text_model
-
-            return open_text_model(source, initial_peers=config.initial_peers)
-
-        return open_model
-
-    return tuple(ModelSource(source, opener(source)) for source in config.models)
+    connection = SwarmConnection(config.initial_peers, relay=config.relay)
+    sources = [ModelSource(source, partial(connection.open_model, source)) for source in config.models]
+    return ModelRegistry(sources, connection.close)
 
 
 class ModelRegistry:
     """Opens models one after another in a thread of its own; every method may be called by any thread."""
 
-    def __init__(self, sources: Sequence[ModelSource]) -> None:
+    def __init__(self, sources: Sequence[ModelSource], on_close: Callable[[], None] = lambda: None) -> None:
+        """`on_close` frees what the sources share."""
         self._sources = tuple(sources)
+        self._on_close = on_close
         self._models: dict[str, TextModel] = {}
         self._failed: set[str] = set()
         self._stop = threading.Event()
 
-    def start(self, on_ready: Callable[[], None]) -> None:
-        """Begin to open the models; `on_ready` is called once, when all are open. Raises nothing."""
-        threading.Thread(target=self._load_all, args=(on_ready,), name="open-models", daemon=True).start()
+    def start(self, on_ready: Callable[[], None], on_failed: Callable[[], None] = lambda: None) -> None:
+        """Begin to open the models; then calls `on_ready` if all are open, `on_failed` if none is. Raises nothing."""
+        threading.Thread(target=self._load_all, args=(on_ready, on_failed), name="open-models", daemon=True).start()
 
     def load(self) -> None:
         """Open the models in this thread, for tests and scripts."""
-        self._load_all(lambda: None)
+        self._load_all(lambda: None, lambda: None)
 
     def close(self) -> None:
-        """Stop opening and close what is open."""
+        """Stop opening and free what the sources share."""
         self._stop.set()
-        for model in self._models.values():
-            close = getattr(model, "close", None)
-            if close is not None:
-                close()
+        self._on_close()
 
     @property
     def is_ready(self) -> bool:
@@ -108,11 +125,15 @@ class ModelRegistry:
             missing = ()
         return ModelEntry(model.name, "incomplete" if missing else "ready", model.max_length, missing)
 
-    def _load_all(self, on_ready: Callable[[], None]) -> None:
+    def _load_all(self, on_ready: Callable[[], None], on_failed: Callable[[], None]) -> None:
         for source in self._sources:
             self._load(source)
-        if self.is_ready and not self._stop.is_set():
+        if self._stop.is_set():
+            return
+        if self.is_ready:
             on_ready()
+        elif not self._models:
+            on_failed()
 
     def _load(self, source: ModelSource) -> None:
         wait_s = FIRST_WAIT_S

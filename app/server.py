@@ -1,5 +1,6 @@
 """The site under gunicorn: one worker of threads, started here or by `gunicorn.conf.py`."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -8,9 +9,12 @@ from typing import Any
 
 from flask import Flask
 from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
+from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 
 from app.config import SiteConfig
 from app.factory import create_app, site_of
+
+logger = logging.getLogger(__name__)
 
 KEEPALIVE_S = 95  # longer than the 90 s of Heroku's router, which must not find a closed connection
 GRACEFUL_MARGIN_S = 5  # behind the drain of answers, for close frames; together below the 30 s after which hosts kill
@@ -39,7 +43,13 @@ def gunicorn_settings(config: SiteConfig) -> dict[str, Any]:
             # A worker whose master was killed ends as well, though nobody tells it to; its sockets would keep it.
             return bool(worker.alive) and os.getppid() == worker.ppid
 
-        site_of(worker.wsgi).start(is_alive, on_ready=lambda: announce_ready(config.host, port))
+        def give_up() -> None:
+            # A site without any model is of no use: this status makes gunicorn's master end with it, too.
+            logger.error("no model could be opened; the reasons are above")
+            logging.shutdown()
+            os._exit(Arbiter.WORKER_BOOT_ERROR)
+
+        site_of(worker.wsgi).start(is_alive, on_ready=lambda: announce_ready(config.host, port), on_failed=give_up)
 
     def worker_exit(_server: Any, worker: Any) -> None:
         if isinstance(getattr(worker, "wsgi", None), Flask):

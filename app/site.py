@@ -108,7 +108,7 @@ class Site:
         """Whether new visitors can be served."""
         return self.models.is_ready and not self.drain.is_started
 
-    def start(self, is_alive: Callable[[], bool], on_ready: Callable[[], None]) -> None:
+    def start(self, is_alive: Callable[[], bool], on_ready: Callable[[], None], on_failed: Callable[[], None]) -> None:
         """Open the models and watch for the end. Called once, in the process that serves, after any fork."""
         self.drain.watch(is_alive)
-        self.models.start(on_ready)
+        self.models.start(on_ready, on_failed)

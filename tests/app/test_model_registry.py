@@ -1,5 +1,8 @@
 """Models open in the background, are found by name, and failures are told."""
 
+import threading
+from functools import partial
+
 import pytest
 
 from app.errors import ModelLoadingError, ModelNotFoundError
@@ -59,10 +62,28 @@ def test_a_model_that_cannot_be_opened_is_told_and_leaves_the_others(error):
     assert [entry.status for entry in registry.entries()] == ["failed", "ready"]
 
 
-def test_missing_blocks_are_told_and_close_closes():
-    model = FakeModel(missing=["blocks 3-5"])
-    registry = registry_of(model)
+def test_missing_blocks_are_told() -> None:
+    registry = registry_of(FakeModel(missing=["blocks 3-5"]))
     registry.load()
     assert (registry.entries()[0].status, registry.entries()[0].missing) == ("incomplete", ("blocks 3-5",))
+
+
+@pytest.mark.parametrize(
+    ("works", "said"), [((True, True), ["ready"]), ((True, False), []), ((False, False), ["failed"])]
+)
+def test_the_site_is_told_when_all_models_are_open_or_none(works: tuple[bool, ...], said: list[str]) -> None:
+    def opened(is_good: bool) -> FakeModel:
+        if not is_good:
+            raise CheckpointError("no such model")
+        return FakeModel()
+
+    told: list[str] = []
+    closed = threading.Event()
+    registry = ModelRegistry([ModelSource(str(i), partial(opened, w)) for i, w in enumerate(works)], closed.set)
+    registry.start(lambda: told.append("ready"), lambda: told.append("failed"))
+    for thread in threading.enumerate():
+        if thread.name == "open-models":
+            thread.join(10)
+    assert told == said
     registry.close()
-    assert model.is_closed
+    assert closed.is_set()
