@@ -33,6 +33,9 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
 """For a child to end by itself: the site lets running answers end for 20 s."""
 
+MAX_RESTARTS = 10
+"""Of one node that ended by itself: whoever kills one to see what happens gets it back, a broken one ends the demo."""
+
 LOOPBACK = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
 
@@ -49,10 +52,12 @@ class StopRequested(Exception):  # noqa: N818  # an event, not an error
 
 @dataclass(slots=True)
 class Child:
-    """A process of the demo, and the last line that it printed."""
+    """A process of the demo, and how to start it again."""
 
     name: str
+    arguments: Sequence[str]
     process: "subprocess.Popen[str]"
+    num_restarts: int = 0
 
 
 class Children:
@@ -72,7 +77,25 @@ class Children:
 
     def start(self, name: str, arguments: Sequence[str]) -> Child:
         """Start a Python module of ours; its log and progress go to our stderr."""
-        process = subprocess.Popen(  # noqa: S603
+        child = Child(name, arguments, self._open(arguments))
+        self._children.append(child)
+        return child
+
+    def restart_ended(self, nodes: Sequence[Child], say: Callable[[str], None]) -> None:
+        """Start those of `nodes` again that have ended. Raises DemoError if one ends too often."""
+        for node in nodes:
+            status = node.process.poll()
+            if status is None:
+                continue
+            node.num_restarts += 1
+            if node.num_restarts > MAX_RESTARTS:
+                raise DemoError(f"{node.name} ended {node.num_restarts} times; its last words are above")
+            say(f"{node.name} ended by itself, {_describe_status(status)}; starting it again …")
+            _end(node)
+            node.process = self._open(node.arguments)
+
+    def _open(self, arguments: Sequence[str]) -> "subprocess.Popen[str]":
+        return subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", *arguments],
             stdout=subprocess.PIPE,
             text=True,
@@ -81,9 +104,6 @@ class Children:
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
-        child = Child(name, process)
-        self._children.append(child)
-        return child
 
     def wait_for_line(self, child: Child, beginning: str) -> str:
         """Return the rest of the line of `child` that begins so. Raises DemoError if it ends first, or takes too long.
@@ -156,6 +176,7 @@ def _run(model: Path, port: int, say: Callable[[str], None]) -> None:
         sys.stdout.write(f"ready: {url}\n")
         sys.stdout.flush()
         while True:
+            children.restart_ended(nodes, say)
             children.check()
             time.sleep(0.5)
 

@@ -84,7 +84,7 @@ def test_a_node_that_dies_at_start_ends_the_demo_with_its_reason(tmp_path: Path)
 
 @pytest.mark.p2p
 @pytest.mark.timeout(300)
-def test_a_newcomer_chats_and_ctrl_c_ends_everything() -> None:
+def test_a_newcomer_chats_and_kills_a_node_and_ctrl_c_ends_everything() -> None:
     process = start_demo()
     try:
         assert process.stdout is not None
@@ -104,6 +104,18 @@ def test_a_newcomer_chats_and_ctrl_c_ends_everything() -> None:
             text, done = ask(chat, messages)
             assert "Madrid" in text
             assert done["usage"]["cached_tokens"] > 0.5 * done["usage"]["prompt_tokens"]
+            kill_a_node(process.pid)
+            ask_long = {"type": "generate", "id": "2", "messages": [question], "params": {"max_new_tokens": 2}}
+            chat.send(json.dumps(ask_long))
+            error = until(chat, "error", 60)
+            assert error["retryable"] is True
+            assert error["code"] in ("stream_lost", "peer_unreachable", "timeout", "missing_blocks")
+            deadline_s = time.monotonic() + 90
+            while error is not None:
+                assert time.monotonic() < deadline_s, error
+                time.sleep(2)
+                chat.send(json.dumps(ask_long))
+                error = until(chat, "done", 60)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
@@ -125,6 +137,25 @@ def test_no_child_outlives_a_demo_that_was_killed() -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in family):
         assert time.monotonic() < deadline_s, "a child is still there"
         time.sleep(0.2)
+
+
+def until(chat: object, kind: str, timeout_s: float) -> dict[str, object] | None:
+    """Read to the end of an answer: its error frame, or None for one that is done though an error was possible."""
+    while True:
+        frame = json.loads(chat.recv(timeout_s))  # type: ignore[attr-defined]
+        if frame["type"] == "error":
+            return frame
+        if frame["type"] == "done":
+            assert kind == "done", frame
+            return None
+
+
+def kill_a_node(pid: int) -> None:
+    for child in descendants(pid):
+        if b"15:30" in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(child, signal.SIGKILL)
+            return
+    raise AssertionError("the second node is not there")
 
 
 def ask(chat: object, messages: list[dict[str, str]]) -> tuple[str, dict[str, dict[str, int]]]:
