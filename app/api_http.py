@@ -9,14 +9,17 @@ from werkzeug.exceptions import HTTPException
 
 from app.api_errors import error_response
 from app.chat_protocol import LegacyGenerate, parse_fields
-from app.errors import SiteDrainingError
+from app.errors import OriginError, SiteDrainingError
 from app.legacy_generation import legacy_replies
 from app.limits import session_length
+from app.security import request_is_own
 from app.site import Site
 from swarm_protocol.errors import InvalidRequestError
 
 EXTRA_TOKENS = 16  # special tokens that are added to a prompt, and a margin
-FIELDS = ("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+FIELDS = (
+    "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"
+)  # fmt: skip
 
 
 class PeerGoneError(Exception):
@@ -29,6 +32,9 @@ def register(app: Flask, site: Site) -> None:
     @app.post("/api/v1/generate")
     def generate() -> Response:
         try:
+            security = site.config.security
+            if not (security.public_api or request_is_own(request, security)):
+                raise OriginError("the API")
             with site.http_generations.take():
                 outputs = _generate(site, _arguments())
         except PeerGoneError:

@@ -40,7 +40,7 @@ def register(app: Flask, site: Site) -> None:
             return None
         if security.public_api or request_is_own(request, security):
             return None
-        return error_response(OriginError(), status=403)
+        return error_response(OriginError("the API"), status=403)
 
     @app.errorhandler(RemoteProtocolError)
     @app.errorhandler(simple_websocket.ConnectionError)

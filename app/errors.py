@@ -75,8 +75,8 @@ class OriginError(SwarmError):
 
     code = "origin_not_allowed"
 
-    def __init__(self) -> None:
-        super().__init__("protocol 3 is open to this site's own pages only; use the public v2 protocol instead")
+    def __init__(self, what: str = "protocol 3") -> None:
+        super().__init__(f"{what} is open to this site's own pages only")
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,11 @@ def test_cross_origin_answers_of_a_private_site(model):
         "Access-Control-Allow-Origin"
         not in client.get("/v1/models", headers={"Origin": "https://evil.example"}).headers
     )
+    for headers in ({}, {"Origin": "https://evil.example"}):
+        refused = client.post("/api/v1/generate?strict=1", data={"inputs": "a"}, headers=headers)
+        assert (refused.status_code, refused.json["error"]["code"]) == (403, "origin_not_allowed")
+    asked = {"inputs": "a", "max_new_tokens": 1, "min_p": ""}
+    assert client.post("/api/v1/generate", data=asked, headers={"Origin": "https://friend.example"}).json["ok"]
     options = client.options("/api/v1/generate", headers={"Origin": "https://friend.example"})
     assert "POST" in options.headers["Access-Control-Allow-Methods"]
 
