@@ -16,7 +16,7 @@ from server_node.config import ModelChoice, NodeConfig, NodeLimits
 from server_node.handlers import NodeHandlers
 from server_node.placement import choose_span, num_blocks_that_fit
 from server_node.sessions import SessionTable
-from swarm_protocol.errors import ConfigError, InvalidRecordError, StreamLostError, PeerUnreachableError
+from swarm_protocol.errors import ConfigError, InvalidRecordError, PeerUnreachableError, StreamLostError
 from swarm_protocol.identity import Identity, load_or_create_identity, verify
 from swarm_protocol.ids import PeerId, short_peer
 from swarm_protocol.messages import COMPUTE_PROTOCOL, PROTOCOL_VERSIONS, SESSION_PROTOCOL

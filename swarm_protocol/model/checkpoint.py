@@ -41,7 +41,7 @@ class Checkpoint(Protocol):
     def config(self) -> PreTrainedConfig: ...
     @property
     def name(self) -> str:
-        """The model's name in the swarm: folder name, repository id, or GGUF file name without its encoding, of `[A-Za-z0-9._/-]`."""
+        """The name in the swarm, of `[A-Za-z0-9._/-]`: of the folder, repository, or GGUF file without its encoding."""
 
     @property
     def revision(self) -> str:
