@@ -2,12 +2,14 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import contextvars
-import logging
-from collections.abc import Callable, Coroutine, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,9 +17,10 @@ from swarm_client.config import ClientConfig
 from swarm_client.loop_thread import LoopThread
 from swarm_client.swarm_session import HopTiming, StepResult, SwarmSession
 from swarm_protocol.errors import CancelledStepError, InvalidRequestError, MaxLengthError, SessionClosedError
-from swarm_protocol.tensors import from_wire, to_wire
+from swarm_protocol.messages import MAX_BATCH_ROWS
+from swarm_protocol.tensors import check_finite, from_wire, to_wire
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _active: "contextvars.ContextVar[InferenceSession | None]" = contextvars.ContextVar("umbel_session", default=None)
 
@@ -74,7 +77,10 @@ class InferenceSession:
         self._padding: tuple[int, ...] = ()
         self._position = 0
         self._row_order: torch.Tensor | None = None
-        self._running: concurrent.futures.Future[list[StepResult]] | None = None
+        self._running: concurrent.futures.Future[Any] | None = None
+        self._cancel_lock = threading.Lock()
+        self._is_cancellable = False
+        self._is_cancelled = False
         self._is_closed = False
         self._tokens: list[contextvars.Token[InferenceSession | None]] = []
 
@@ -120,29 +126,42 @@ class InferenceSession:
         the position is unchanged then.
         """
         self._check_open()
-        rows, columns, _ = hidden_states.shape
+        if hidden_states.dim() != 3 or not 1 <= hidden_states.shape[0] <= MAX_BATCH_ROWS:
+            raise InvalidRequestError(
+                f"hidden states of shape {tuple(hidden_states.shape)}; (batch, seq, hidden) with 1 to {MAX_BATCH_ROWS} "
+                "rows is needed"
+            )
+        columns = hidden_states.shape[1]
         if self._position + columns > self.max_length:
             raise MaxLengthError(self._position, columns, self.max_length)
-        if self._batch_size is None:
-            self._open(rows, tuple(padding or (0,) * rows))
-        elif rows != self._batch_size:
-            raise InvalidRequestError(f"the session has {self._batch_size} rows, this step has {rows}")
-        outputs: list[tuple[torch.Tensor, ...]] = []
-        width = max(1, self._config.step_tokens // rows)
-        for start in range(0, max(1, columns), width):
-            chunk = hidden_states[:, start : start + width]
-            outputs.append(self._step_chunk(chunk))
-            self._position += chunk.shape[1]
+        with self.cancellable():
+            self._prepare(hidden_states.shape[0], padding)
+            outputs = self._step_chunks(hidden_states)
         depth = min(len(parts) for parts in outputs)
         spans = [torch.cat(parts, dim=1) for parts in zip(*(parts[-depth:] for parts in outputs), strict=True)]
-        self.span_outputs = tuple(spans) if with_span_outputs else ()
-        return spans[-1].to(hidden_states.device)
+        spans = [span.to(hidden_states.device) for span in spans]
+        is_every_span = len(spans) == len(self._groups[0].session.route)
+        self.span_outputs = tuple(spans) if with_span_outputs and is_every_span else ()
+        return spans[-1]
 
     def cancel(self) -> None:
         """Let a step that runs in another thread end now with CancelledStepError; the session stays usable."""
-        running = self._running
-        if running is not None:
-            running.cancel()
+        with self._cancel_lock:
+            self._is_cancelled = True
+            if self._running is not None:
+                self._running.cancel()
+
+    @contextlib.contextmanager
+    def cancellable(self) -> Iterator[None]:
+        """Let a `cancel` that comes between the steps inside end the next one of them; outside it would do nothing."""
+        is_outermost = not self._is_cancellable
+        if is_outermost:
+            self._is_cancellable, self._is_cancelled = True, False
+        try:
+            yield
+        finally:
+            if is_outermost:
+                self._is_cancellable = False
 
     def reorder(self, row_order: torch.Tensor) -> None:
         """Let row i continue what row `row_order[i]` was; carried out with the next step."""
@@ -171,13 +190,27 @@ class InferenceSession:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _active.reset(self._tokens.pop())
-        if not self._tokens:
-            self.close()
+        try:
+            _active.reset(self._tokens.pop())
+        finally:  # a generator may be closed in another thread than it was entered in, where the reset fails
+            if not self._tokens:
+                self.close()
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise SessionClosedError("the session is closed; open a new one")
+
+    def _prepare(self, rows: int, padding: Sequence[int] | None) -> None:
+        """Open the session for these rows, or see that they are those that it has."""
+        has_other_padding = padding is not None and any(padding) and tuple(padding) != self._padding
+        if self._batch_size is not None and self._position == 0 and (rows != self._batch_size or has_other_padding):
+            self.reset()
+        if self._batch_size is None:
+            self._open(rows, tuple(padding or (0,) * rows))
+        elif rows != self._batch_size:
+            raise InvalidRequestError(f"the session has {self._batch_size} rows, this step has {rows}")
+        elif has_other_padding:
+            raise InvalidRequestError("padding is only possible at the very beginning of a session")
 
     def _open(self, rows: int, padding: tuple[int, ...]) -> None:
         if len(padding) != rows:
@@ -190,40 +223,62 @@ class InferenceSession:
             )
             for width in sorted(set(padding))
         ]
-        self._loop.run(_open_together([group.session for group in groups]))
+        self._run(lambda: _open_together([group.session for group in groups]))
         self._groups, self._batch_size, self._padding = groups, rows, padding
 
     def _close_groups(self) -> None:
         groups, self._groups = self._groups, []
         if groups:
-            self._loop.run(_close_together([group.session for group in groups]))
+            with contextlib.suppress(SessionClosedError):  # the whole connection is closed, and the sessions with it
+                self._loop.run(_close_together([group.session for group in groups]))
+
+    def _step_chunks(self, hidden_states: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        before, columns = self._position, hidden_states.shape[1]
+        width = max(1, self._config.step_tokens // hidden_states.shape[0])
+        outputs: list[tuple[torch.Tensor, ...]] = []
+        try:
+            for start in range(0, max(1, columns), width):
+                chunk = hidden_states[:, start : start + width]
+                outputs.append(self._step_chunk(chunk))
+                self._position += chunk.shape[1]
+        except BaseException:
+            self._position = before
+            raise
+        return outputs
 
     def _step_chunk(self, chunk: torch.Tensor) -> tuple[torch.Tensor, ...]:
         orders = self._group_orders()
         start, columns = self._position, chunk.shape[1]
         busy: list[_RowGroup] = []
-        steps = []
+        steps: list[Callable[[], Coroutine[Any, Any, StepResult]]] = []
         for group, order in zip(self._groups, orders, strict=True):
             first = min(max(0, group.padding - start), columns)
             if first == columns and columns and order is None:
                 continue  # nothing but padding
             rows = chunk if len(self._groups) == 1 else chunk[group.rows]
             busy.append(group)
-            steps.append(group.session.step(to_wire(rows[:, first:]), group.position(start), order))
+            steps.append(partial(group.session.step, to_wire(rows[:, first:]), group.position(start), order))
         try:
-            results = self._run(_all(steps))
+            results = self._run(lambda: _all(steps))
         except BaseException:
             if any(order is not None for order in orders):
                 self.close()  # which rows were exchanged already is not known
             raise
         self._row_order = None
-        return self._assemble(chunk, busy, results)
+        outputs = self._assemble(chunk, busy, results)
+        check_finite(outputs[-1])
+        return outputs
 
-    def _run(self, steps: Coroutine[Any, Any, list[StepResult]]) -> list[StepResult]:
-        self._running = running = self._loop.submit(steps)
+    def _run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        with self._cancel_lock:
+            if self._is_cancelled:
+                raise CancelledStepError("the step was cancelled")
+            self._running = running = self._loop.submit(work())
         try:
             return running.result()
         except concurrent.futures.CancelledError:
+            if not self._is_cancelled:
+                raise SessionClosedError("the connection to the swarm was closed") from None
             raise CancelledStepError("the step was cancelled") from None
         except BaseException:
             running.cancel()
@@ -236,7 +291,7 @@ class InferenceSession:
     ) -> tuple[torch.Tensor, ...]:
         """Return the output after every span, or only the last where the groups' routes differ in their spans."""
         if not results:
-            return (torch.zeros_like(chunk, device="cpu"),)
+            return (torch.zeros_like(chunk, device="cpu"),) * len(self._groups[0].session.route)
         self.last_timings = results[-1].timings
         if len(self._groups) == 1 and results[0].outputs[-1].shape[1] == chunk.shape[1]:
             return tuple(from_wire(output) for output in results[0].outputs)
@@ -263,17 +318,20 @@ class InferenceSession:
         return orders
 
 
-async def _all(steps: Sequence[Coroutine[Any, Any, StepResult]]) -> list[StepResult]:
-    results = await asyncio.gather(*steps, return_exceptions=True)
+async def _all(jobs: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+    """Run the jobs together and return their results; when one fails, raise that after all have ended."""
+    results = await asyncio.gather(*(job() for job in jobs), return_exceptions=True)
+    done: list[T] = []
     for result in results:
         if isinstance(result, BaseException):
             raise result
-    return [result for result in results if isinstance(result, StepResult)]
+        done.append(result)
+    return done
 
 
 async def _open_together(sessions: Sequence[SwarmSession]) -> None:
     try:
-        await asyncio.gather(*(session.open() for session in sessions))
+        await _all([session.open for session in sessions])
     except BaseException:
         await _close_together(sessions)
         raise

@@ -18,28 +18,38 @@ class LoopThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()
+        self._is_closing = False
         self._thread = threading.Thread(target=self._loop.run_forever, name="umbel-client-loop", daemon=True)
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
         """Start `coroutine` on the loop. Cancelling the future cancels it. Any thread but the loop's own."""
-        if self._loop.is_closed() or not self._thread.is_alive():
-            coroutine.close()
-            raise SessionClosedError("the connection to the swarm is closed")
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with self._lock:  # what came in before the close is cancelled by it; nothing may come in behind it
+            if not self._is_closing and self._thread.is_alive():
+                return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        coroutine.close()
+        raise SessionClosedError("the connection to the swarm is closed")
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run `coroutine` on the loop and return what it returns; an interrupt of the caller cancels it."""
+        """Run `coroutine` on the loop and return what it returns; an interrupt of the caller cancels it.
+
+        Raises SessionClosedError if the loop is closed meanwhile.
+        """
         future = self.submit(coroutine)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise SessionClosedError("the connection to the swarm was closed") from None
         except BaseException:
             future.cancel()
             raise
 
     def close(self) -> None:
         """Cancel what runs and end the thread. Idempotent."""
-        if self._loop.is_closed():
+        with self._lock:
+            was_closing, self._is_closing = self._is_closing, True
+        if was_closing:
             return
         if self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()

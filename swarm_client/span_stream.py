@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from swarm_client.routing.find_route import Hop, ModelKey
 from swarm_protocol.errors import (
+    InvalidTensorError,
     PeerUnreachableError,
     ProtocolError,
     StepTimeoutError,
@@ -156,6 +157,10 @@ class SpanStream:
                     logger.info("stream lost (%s), resuming %s", error, self._where)
                     await self._drop()
                     is_sent = await self._resume(step)
+                except ProtocolError:
+                    if self._unanswered is not None:  # what came is no answer, and nothing behind it can be trusted
+                        await self._drop()
+                    raise
 
     async def _send(self, step: Step) -> None:
         if self._stream is None:
@@ -172,10 +177,9 @@ class SpanStream:
         reply = await self._stream.receive()
         match reply:
             case StepReply(step_id=step.step_id):
-                if reply.hidden_states.shape != step.hidden_states.shape:
-                    raise ProtocolError(
-                        f"the node answered shape {reply.hidden_states.shape} to {step.hidden_states.shape}"
-                    )
+                found, wanted = reply.hidden_states, step.hidden_states
+                if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+                    raise InvalidTensorError(f"the node answered {found} to {wanted}")
                 self._state.finish_step(step.step_id)
                 self._unanswered = None
                 return reply
@@ -208,9 +212,13 @@ class SpanStream:
                 last_error = error
                 await asyncio.sleep(RESUME_PAUSE_S)
                 continue
-            if not isinstance(reply, SessionResumed):
-                raise UnexpectedMessageError(f"{type(reply).__name__} came, SessionResumed was expected")
-            return step.step_id not in self._state.steps_to_resend(reply.last_step_id)
+            try:
+                if not isinstance(reply, SessionResumed):
+                    raise UnexpectedMessageError(f"{type(reply).__name__} came, SessionResumed was expected")
+                return step.step_id not in self._state.steps_to_resend(reply.last_step_id)
+            except ProtocolError:
+                await self._drop()
+                raise
         raise StreamLostError(f"the stream to {short_peer(self.hop.peer_id)} was lost: {last_error}")
 
     async def _ask(self, request: OpenSession | ResumeSession) -> Message:

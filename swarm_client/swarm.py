@@ -13,7 +13,7 @@ from swarm_client.routing.find_route import Hop, ModelKey, find_route
 from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.span_stream import MessageStream
 from swarm_client.swarm_session import SwarmSession
-from swarm_protocol.errors import RouteError, StepTimeoutError, UnexpectedMessageError, error_from_wire
+from swarm_protocol.errors import StepTimeoutError, SwarmError, UnexpectedMessageError, error_from_wire
 from swarm_protocol.ids import short_peer
 from swarm_protocol.messages import COMPUTE_PROTOCOL, ErrorReply, Forward, ForwardReply, WireTensor
 from swarm_protocol.spans import Span, describe_blocks, uncovered
@@ -64,8 +64,10 @@ class Swarm:
         """Leave the swarm; open sessions end. Idempotent."""
         if self in _open_swarms:
             _open_swarms.discard(self)
-            self.loop.run(self._transport.close())
-            self.loop.close()
+            try:
+                self.loop.run(self._transport.close())
+            finally:
+                self.loop.close()
 
     def _watcher(self, model: ModelKey) -> SwarmWatcher:
         watcher = self._watchers.get(model)
@@ -89,7 +91,7 @@ class Swarm:
             try:
                 for hop in hops:
                     outputs.append(await self._forward_hop(model, hop, outputs[-1] if outputs else hidden_states))
-            except RouteError as error:
+            except SwarmError as error:
                 if not error.retryable or attempt >= self.config.route_attempts:
                     raise
                 watcher.avoid(hops[len(outputs)].peer_id)

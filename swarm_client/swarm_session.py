@@ -11,7 +11,7 @@ from swarm_client.config import ClientConfig
 from swarm_client.routing.find_route import Hop, ModelKey, find_route
 from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.span_stream import HopLimits, SpanStream
-from swarm_protocol.errors import RouteError, SwarmError
+from swarm_protocol.errors import ProtocolError, SessionClosedError, SwarmError
 from swarm_protocol.ids import ID_BYTES, short_id, short_peer
 from swarm_protocol.messages import WireTensor
 from swarm_protocol.transport.base import Transport
@@ -80,7 +80,7 @@ class SwarmSession:
             try:
                 await self._open_hops(hops)
             except SwarmError as error:
-                if not error.retryable or attempt == self._config.route_attempts:
+                if not _is_nodes_fault(error) or attempt == self._config.route_attempts:
                     raise
                 logger.info("route failed, trying another (%s): %s", attempt, error)
             else:
@@ -93,13 +93,16 @@ class SwarmSession:
 
         Cancelling loses nothing: the next step may go on at any position that was cached before. Raises SwarmError.
         """
+        if not self._hops:
+            raise SessionClosedError("the session is closed; open a new one")
         outputs, timings = [], []
         for stream in self._hops:
             started_s = time.perf_counter()
             try:
                 reply = await stream.step(hidden_states, position, row_order)
-            except RouteError:
-                self._watcher.avoid(stream.hop.peer_id)
+            except SwarmError as error:
+                if _is_nodes_fault(error):
+                    self._watcher.avoid(stream.hop.peer_id)
                 raise
             hidden_states = reply.hidden_states
             outputs.append(hidden_states)
@@ -114,9 +117,13 @@ class SwarmSession:
     async def _open_hops(self, hops: Sequence[Hop]) -> None:
         session_id = secrets.token_bytes(ID_BYTES)
         streams = [SpanStream(self._transport, hop, session_id, self._max_length, self._limits) for hop in hops]
-        results = await asyncio.gather(
-            *(stream.open(self._model, self._batch_size) for stream in streams), return_exceptions=True
-        )
+        try:
+            results = await asyncio.gather(
+                *(stream.open(self._model, self._batch_size) for stream in streams), return_exceptions=True
+            )
+        except asyncio.CancelledError:
+            await asyncio.gather(*(stream.close() for stream in streams))
+            raise
         failures = [(s, r) for s, r in zip(streams, results, strict=True) if isinstance(r, BaseException)]
         if not failures:
             self._hops = streams
@@ -124,7 +131,12 @@ class SwarmSession:
             logger.info("session opened: %s session=%s", route, short_id(session_id))
             return
         for stream, error in failures:
-            if isinstance(error, SwarmError) and error.retryable:
+            if isinstance(error, SwarmError) and _is_nodes_fault(error):
                 self._watcher.avoid(stream.hop.peer_id)
         await asyncio.gather(*(stream.close() for stream in streams))
         raise failures[0][1]
+
+
+def _is_nodes_fault(error: SwarmError) -> bool:
+    """Whether another node may do better: it refused for now, failed, or does not keep to the protocol."""
+    return error.retryable or isinstance(error, ProtocolError)

@@ -1,16 +1,20 @@
 """What the swarm looks like now: directory records, verified, and the peers that failed lately."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
 
-from swarm_protocol.errors import InvalidRecordError
+from swarm_protocol.errors import InvalidRecordError, StepTimeoutError
 from swarm_protocol.identity import verify
 from swarm_protocol.ids import PeerId, parse_peer_id, short_peer
 from swarm_protocol.records import NodeRecord, directory_keys, unseal
 from swarm_protocol.transport.base import Transport
 
 logger = logging.getLogger(__name__)
+
+LOOKUP_S = 20.0
+"""For one look into the directory: some rounds of calls to peers, of which each may take seconds to be given up."""
 
 
 class SwarmWatcher:
@@ -34,9 +38,13 @@ class SwarmWatcher:
         self._avoided: dict[PeerId, float] = {}
 
     async def records(self, max_age_s: float) -> Sequence[NodeRecord]:
-        """Return the verified records of the model's nodes, read at most `max_age_s` ago."""
+        """Return the verified records of the model's nodes, read at most `max_age_s` ago. Raises StepTimeoutError."""
         if self._clock() - self._read_at_s > max_age_s:
-            self._records = await self._read()
+            try:
+                async with asyncio.timeout(LOOKUP_S):
+                    self._records = await self._read()
+            except TimeoutError:
+                raise StepTimeoutError(f"the directory of {self._model} took longer than {LOOKUP_S:g} s") from None
             self._read_at_s = self._clock()
         return self._records
 
