@@ -1,14 +1,16 @@
 """Transformers' own model classes with the swarm in the place of their blocks."""
 
+import contextlib
 import contextvars
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import ModelOutput
 
 from swarm_client.config import ClientConfig
@@ -24,8 +26,20 @@ from swarm_protocol.model.parts import EndsModule, build_client_model
 
 logger = logging.getLogger(__name__)
 
-_generating: "contextvars.ContextVar[InferenceSession | None]" = contextvars.ContextVar("umbel_generate", default=None)
-"""The session of the `generate` that runs in this thread; without one it makes its own when it knows the size."""
+
+@dataclass(slots=True)
+class _Generation:
+    """A running `generate`: its session, made when the size is known if there was none, and what it does to rows."""
+
+    session: InferenceSession | None
+    num_beams: int = 1
+
+
+_GUESSING = (GenerationMode.ASSISTED_GENERATION,)
+"""Modes that put guessed tokens through the model, at the end some more than are wanted."""
+
+_generating: "contextvars.ContextVar[_Generation | None]" = contextvars.ContextVar("umbel_generate", default=None)
+"""The `generate` that runs in this thread."""
 
 
 class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
@@ -62,7 +76,10 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
         if with_states:
             if not call.span_outputs:
                 raise InvalidRequestError("the rows went through different spans; their states cannot be put together")
-            output.hidden_states = (call.entering, *call.span_outputs)
+            states = (call.entering, *call.span_outputs)
+            if isinstance(output, tuple):
+                return (*output, states)
+            output.hidden_states = states
         return output
 
     @torch.no_grad()
@@ -77,38 +94,30 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
         """Generate as transformers does, in `session`, in the session entered with `with`, or in one of its own.
 
         In a session, `inputs` are the new tokens only (None goes on from the last one), and so is what is returned;
-        what came before is not computed again. Raises MaxLengthError when the session gets too long.
+        what came before is not computed again, except behind a beam search, which leaves its beams in the caches.
+        Raises MaxLengthError when the session gets too long. After an error the session holds what it held before.
         """
         session = session or active_session()
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
-        before = session.token_ids if session is not None else None
-        if session is not None and before is not None:
-            inputs = _behind(before, inputs)
-            kwargs["attention_mask"] = _whole_mask(session.token_padding, before, inputs, kwargs.get("attention_mask"))
-            if session.position >= inputs.shape[1]:
-                session.position = inputs.shape[1] - 1
-        elif session is not None and session.position:
-            raise InvalidRequestError("the session was fed with hidden states; generate needs to know its token ids")
-        token = _generating.set(session)
-        own: InferenceSession | None = None
+        generation = _Generation(session)
+        token = _generating.set(generation)
         try:
-            result = super().generate(inputs, generation_config, *args, **kwargs)
+            if session is None:
+                return super().generate(inputs, generation_config, *args, **kwargs)
+            before = _token_ids_before(session, inputs, kwargs)
+            with _kept_on_error(session, generation), session.cancellable():
+                if before is not None:
+                    inputs = _behind(before, inputs)
+                    mask = kwargs.get("attention_mask")
+                    kwargs["attention_mask"] = _whole_mask(session.token_padding, before, inputs, mask)
+                    session.position = min(session.position, inputs.shape[1] - 1)
+                result = super().generate(inputs, generation_config, *args, **kwargs)
+            return _keep_sequences(session, result, before, generation.num_beams)
         finally:
-            own = _generating.get() if session is None else None
             _generating.reset(token)
-            if own is not None:
-                own.close()
-        if session is None:
-            return result
-        sequences = result.sequences if isinstance(result, ModelOutput) else result
-        session.token_ids = sequences.clone()
-        session.token_padding = _row_padding(kwargs.get("attention_mask"), sequences.shape[0])
-        new = sequences if before is None else sequences[:, before.shape[1] :].clone()
-        if isinstance(result, ModelOutput):
-            result.sequences = new
-            return result
-        return new
+            if session is None and generation.session is not None:
+                generation.session.close()
 
     def text_model(self) -> DistributedTextModel:
         """Return this model with its tokenizer, as text in and text out; what the chat site uses."""
@@ -149,10 +158,12 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
         if model_kwargs.get("past_key_values") is not None:
             raise InvalidRequestError("past_key_values cannot be passed: use session=")
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        session = _generating.get()
+        generation = _generating.get() or _Generation(None)
+        generation.num_beams = generation_config.num_beams or 1
+        session = generation.session
         if session is None:
-            session = self.remote_blocks.session(max(1, max_cache_length))
-            _generating.set(session)
+            guessed = max(1, generation_config.prompt_lookup_num_tokens or 0) if generation_mode in _GUESSING else 0
+            session = generation.session = self.remote_blocks.session(max(1, max_cache_length + guessed))
         elif session.batch_size not in (None, rows):
             logger.info("the session goes from %d to %d rows and is computed again", session.batch_size, rows)
             session.reset()
@@ -283,19 +294,64 @@ def _whole_mask(
     return full
 
 
-def _row_padding(mask: torch.Tensor | None, num_rows: int) -> tuple[int, ...]:
-    """Return the left padding of each of the sequences that came of a batch with `mask`, several for a row of it."""
-    padding = left_padding(mask) or [0]
-    return tuple(columns for columns in padding for _ in range(num_rows // len(padding)))
+def _token_ids_before(
+    session: InferenceSession, inputs: torch.Tensor | None, options: Mapping[str, Any]
+) -> torch.Tensor | None:
+    """Return the ids that `session` holds, None if it is new. Raises InvalidRequestError if `generate` cannot go on."""
+    known = session.token_ids
+    if session.position > (0 if known is None else known.shape[1]):
+        raise InvalidRequestError("the session was fed with hidden states; generate needs to know its token ids")
+    if options.get("inputs_embeds") is not None:
+        raise InvalidRequestError("inputs_embeds cannot be used in a session, which keeps token ids; pass input_ids")
+    if known is not None and known.shape[1]:
+        return known
+    if known is not None and inputs is None:
+        raise InvalidRequestError("the session holds nothing to go on from: pass input_ids")
+    return None
+
+
+@contextlib.contextmanager
+def _kept_on_error(session: InferenceSession, generation: _Generation) -> Iterator[None]:
+    """Let the session hold the same ids as now if the block fails, and no cached tokens that are not theirs."""
+    token_ids, position = session.token_ids, session.position
+    try:
+        yield
+    except BaseException:
+        if generation.num_beams > 1:
+            session.reset()
+        session.position = min(session.position, position)
+        session.token_ids = token_ids
+        raise
+
+
+def _keep_sequences(session: InferenceSession, result: Any, before: torch.Tensor | None, num_beams: int) -> Any:
+    """Let `session` hold the sequences of `result`, and return it without those columns that were there `before`."""
+    sequences = result.sequences if isinstance(result, ModelOutput) else result
+    if session.padding:
+        session.token_padding = _row_padding(session.padding, sequences.shape[0])
+    if num_beams > 1:
+        session.reset()  # its rows are the last beams, in an order of their own
+    session.token_ids = sequences.clone()
+    new = sequences if before is None else sequences[:, before.shape[1] :].clone()
+    if isinstance(result, ModelOutput):
+        result.sequences = new
+        return result
+    return new
+
+
+def _row_padding(padding: Sequence[int], num_rows: int) -> tuple[int, ...]:
+    """Return the left padding of each of `num_rows` sequences that came of the session's rows, in their order."""
+    return tuple(padding[row * len(padding) // num_rows] for row in range(num_rows))
 
 
 def _remember_tokens(session: InferenceSession, start: int, input_ids: torch.Tensor | None) -> None:
     """Keep the ids of a plain forward in a session; `generate` replaces them by its whole sequences."""
-    if input_ids is None or _generating.get() is session:
+    generation = _generating.get()
+    if input_ids is None or (generation is not None and generation.session is session):
         return
     known = session.token_ids
-    if known is None and start:
+    if start > (0 if known is None else known.shape[1]):
         return
-    kept = input_ids[:, :0] if known is None else known[:, :start]
+    kept = input_ids[:, :0] if known is None or not start else known[:, :start]
     session.token_ids = torch.cat([kept, input_ids], dim=1)
     session.token_padding = session.padding

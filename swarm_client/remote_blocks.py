@@ -40,7 +40,7 @@ class RemoteCache(Cache):  # type: ignore[misc]
         self.session.reorder(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.session.position = self.session.position - tokens_to_remove
+        self.session.position = self.session.position + tokens_to_remove  # transformers counts them below zero
 
     @property
     def is_compileable(self) -> bool:
@@ -116,6 +116,8 @@ class RemoteBlocks(nn.Module):
         for width in sorted(set(padding)):
             rows = [row for row, columns in enumerate(padding) if columns == width]
             outputs = self.swarm.forward(self.model, to_wire(hidden_states[rows, width:]))
+            if not call.with_span_outputs:
+                outputs = outputs[-1:]
             if len(spans) not in (0, len(outputs)):
                 raise InvalidRequestError("rows with different padding went through different spans; try again")
             spans = spans or [torch.zeros_like(hidden_states) for _ in outputs]

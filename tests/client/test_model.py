@@ -260,7 +260,8 @@ def test_a_session_that_gets_too_long_says_so_and_stays_usable(llama: Pair) -> N
     with llama.remote.inference_session(max_length=10) as session:
         with pytest.raises(MaxLengthError, match=r"Maximum length exceeded: prefix 10 \+ current 1 exceeds"):
             llama.remote.generate(ids(), max_new_tokens=8, do_sample=False)
-        assert session.position == 10
+        assert session.position == 0
+        assert llama.remote.generate(ids(), max_new_tokens=2, do_sample=False).shape == (1, 9)
 
 
 def test_more_than_the_nodes_can_hold_is_refused(llama: Pair) -> None:
