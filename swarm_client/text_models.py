@@ -33,4 +33,8 @@ def open_text_model(
         dtype=dtype,
         device=device,
     )
-    return model.text_model()
+    try:
+        return model.text_model()
+    except BaseException:
+        model.close()
+        raise

@@ -25,7 +25,12 @@ class Detokenizer:
         """Return the text that `token_id` completes; empty while a character is unfinished."""
         self._window.append(token_id)
         text = self._unshown()
-        if not text or (text.endswith(_BROKEN) and len(self._window) - self._shown < MAX_HELD_TOKENS):
+        if not text:
+            # It adds nothing of its own: not counted as a part of what is held, but what comes may depend on it.
+            self._window = self._window[-MAX_HELD_TOKENS:]
+            self._shown = len(self._window)
+            return ""
+        if text.endswith(_BROKEN) and len(self._window) - self._shown < MAX_HELD_TOKENS:
             return ""
         self._window = self._window[self._shown :]
         self._shown = len(self._window)

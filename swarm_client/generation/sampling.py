@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from swarm_client.generation.text_session import SamplingParams
+from swarm_protocol.errors import InvalidRequestError
 
 
 class TokenChooser:
@@ -22,8 +23,12 @@ class TokenChooser:
     whatever is cancelled, repeated or guessed ahead in between (DESIGN D13)."""
 
     def __init__(self, params: SamplingParams) -> None:
+        """Raises InvalidRequestError for values that the processors refuse."""
         self._is_greedy = not params.do_sample or params.temperature == 0
-        self._processors = _processors(params, self._is_greedy)
+        try:
+            self._processors = _processors(params, self._is_greedy)
+        except ValueError as error:
+            raise InvalidRequestError(str(error)) from None
         self._seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 63)
 
     def choose(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:

@@ -159,12 +159,12 @@ class DistributedTextSession:
 
     @torch.inference_mode()
     def _next_token(self, chooser: TokenChooser) -> int:
-        if self._cancelled.is_set():
-            raise CancelledStepError("generation was cancelled")
         self._session.position = min(self._session.position, len(self._token_ids) - 1)
         position = self._session.position
-        hidden_states = self._ends.embed(torch.tensor([self._token_ids[position:]]), position)
-        output = self._session.step(hidden_states)
+        with self._session.cancellable():  # from before the look at the flag, so that no cancel falls in between
+            if self._cancelled.is_set():
+                raise CancelledStepError("generation was cancelled")
+            output = self._session.step(self._ends.embed(torch.tensor([self._token_ids[position:]]), position))
         token_id = chooser.choose(self._ends.logits(output[:, -1:])[0, -1], self._token_ids)
         self._token_ids.append(token_id)
         return token_id

@@ -42,6 +42,12 @@ def test_bytes_that_never_become_a_character_are_let_out() -> None:
     assert "".join(deltas) + detokenizer.flush() == "\ufffd" * 20
 
 
+def test_tokens_without_a_text_do_not_break_the_character_behind_them() -> None:
+    detokenizer = Detokenizer(decode_bytes)
+    deltas = [detokenizer.push(token) for token in [97, *[300] * 20, *"🌸".encode(), 98]]
+    assert [delta for delta in deltas if delta] == ["a", "🌸", "b"]
+
+
 def test_what_a_token_adds_depends_on_the_one_before() -> None:
     def decode(ids: Sequence[int]) -> str:
         return " ".join("word" for _ in ids)  # as SentencePiece: no space in front of the first one

@@ -1,0 +1,177 @@
+"""Text sessions through turns, cancels and early ends, on a tiny model whose tokenizer knows numbers."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from swarm_client import ChatMessage, SamplingParams, Swarm, open_text_model
+from swarm_client.generation.text_model import DistributedTextModel, DistributedTextSession
+from swarm_protocol.errors import InvalidRequestError, MaxLengthError
+from tests.client.test_model import Pair
+from tests.local_swarm import CLIENT_CONFIG
+
+PROMPT = "5 17 31 8"
+MESSAGES = [ChatMessage("user", "5 17 31")]
+
+
+class Words:
+    """A tokenizer of numbers: `5 17` is the text of tokens 5 and 17; a turn ends with 90, the answer begins with 91."""
+
+    chat_template = "x"
+    eos_token_id, eos_token = None, None
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, token_ids: list[int], **_: object) -> str:
+        return "".join(f" {token_id}" for token_id in token_ids)
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> list[int]:
+        return [token for message in messages for token in (*self.encode(message["content"]), 90)] + [91]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair("llama", tmp_path_factory.mktemp("llama"))
+    with pair.served:
+        yield pair
+
+
+@pytest.fixture
+def model(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> DistributedTextModel:
+    monkeypatch.setattr(type(pair.remote.checkpoint), "tokenizer", lambda _: Words())
+    monkeypatch.setattr("swarm_client.generation.text_model._end_tokens", lambda *_: frozenset())
+    return pair.remote.text_model()
+
+
+@pytest.fixture
+def session(model: DistributedTextModel) -> Iterator[DistributedTextSession]:
+    session = model.open_session(120)
+    yield session
+    session.close()
+
+
+def text_of(session: DistributedTextSession, num_tokens: int = 6, **params: Any) -> str:
+    return "".join(delta.text for delta in session.generate(SamplingParams(num_tokens, **params)))
+
+
+def local_text(pair: Pair, token_ids: list[int], num_tokens: int = 6) -> str:
+    found = pair.local.generate(torch.tensor([token_ids]), max_new_tokens=num_tokens, do_sample=False)
+    return Words().decode(found[0, len(token_ids) :].tolist())
+
+
+def test_messages_set_again_give_the_same_answer_and_keep_what_agrees(
+    pair: Pair, session: DistributedTextSession
+) -> None:
+    assert session.set_messages(MESSAGES) == 0
+    assert session.set_messages(MESSAGES) == 0
+    answer = text_of(session)
+    assert answer == local_text(pair, [5, 17, 31, 90, 91])
+    assert session.set_messages(MESSAGES) == 4  # all but the last one, whose logits are needed
+    assert text_of(session) == answer
+    other = [ChatMessage("user", "5 17"), ChatMessage("assistant", answer)]
+    assert session.set_messages(other) == 2
+    assert text_of(session) == local_text(pair, Words().apply_chat_template([{"content": m.content} for m in other]))
+
+
+def test_a_tail_may_be_replaced_by_anything(pair: Pair, session: DistributedTextSession) -> None:
+    session.append_text(PROMPT)
+    answer = text_of(session)
+    session.replace_tail(6, [])
+    assert text_of(session) == answer
+    session.replace_tail(8, [9, 9])
+    assert text_of(session) == local_text(pair, [5, 17, 9, 9])
+    session.replace_tail(1000, [])
+    with pytest.raises(InvalidRequestError, match="empty"):
+        session.generate(SamplingParams(1))
+    with pytest.raises(MaxLengthError):
+        session.replace_tail(0, [1] * 121)
+    session.append_text(PROMPT)
+    assert text_of(session) == answer
+
+
+def test_an_answer_that_is_not_read_to_its_end_leaves_the_session_usable(
+    pair: Pair, session: DistributedTextSession
+) -> None:
+    session.append_text(PROMPT)
+    deltas = session.generate(SamplingParams(6))
+    first = [next(deltas).text for _ in range(2)]
+    deltas.close()  # type: ignore[attr-defined]
+    assert len(session.token_ids) == 6
+    assert "".join(first) + text_of(session, 4) == local_text(pair, [5, 17, 31, 8])
+
+
+@pytest.mark.parametrize("num_before", range(4))
+def test_a_seed_gives_one_text_whenever_it_is_cancelled(session: DistributedTextSession, num_before: int) -> None:
+    params = {"do_sample": True, "temperature": 1.5, "seed": 7}
+    session.append_text(PROMPT)
+    whole = text_of(session, **params)
+    session.replace_tail(6, [])
+    deltas = session.generate(SamplingParams(6, **params))  # type: ignore[arg-type]
+    shown = [delta.text for delta in itertools.islice(deltas, num_before)]
+    session.cancel()
+    rest = list(deltas)
+    assert [(delta.text, delta.finish_reason) for delta in rest] == [("", "cancelled")]
+    assert "".join(shown) + text_of(session, 6 - num_before, **params) == whole
+
+
+def test_a_cancel_before_an_answer_is_over_when_the_next_begins(session: DistributedTextSession) -> None:
+    session.cancel()
+    session.append_text(PROMPT)
+    assert len(text_of(session).split()) == 6
+
+
+@pytest.mark.parametrize("is_open", [False, True], ids=["opening", "prefill"])
+def test_a_cancel_ends_what_hangs(pair: Pair, session: DistributedTextSession, is_open: bool) -> None:
+    session.append_text(PROMPT)
+    if is_open:
+        text_of(session, 1)
+    pair.served.freeze(pair.served.nodes[1], is_frozen=True)
+    timer = threading.Timer(0.2, session.cancel)
+    timer.start()
+    deltas = list(session.generate(SamplingParams(5)))
+    timer.join()
+    pair.served.freeze(pair.served.nodes[1], is_frozen=False)
+    assert deltas[-1].finish_reason == "cancelled"
+    assert len(session.token_ids) == 4 + is_open
+    assert "".join(Words().decode(list(session.token_ids[4:]))) + text_of(session, 6 - is_open) == local_text(
+        pair, [5, 17, 31, 8]
+    )
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": -1.0}, {"top_p": -0.5}, {"top_k": -2}, {"min_p": 7.0}],
+    ids=lambda params: next(iter(params)),
+)
+def test_settings_that_make_no_sense_are_refused(session: DistributedTextSession, params: dict[str, Any]) -> None:
+    session.append_text(PROMPT)
+    with pytest.raises(InvalidRequestError):
+        session.generate(SamplingParams(5, do_sample=True, **params))
+
+
+def test_a_repetition_penalty_that_makes_no_sense_is_refused(session: DistributedTextSession) -> None:
+    session.append_text(PROMPT)
+    with pytest.raises(InvalidRequestError):
+        session.generate(SamplingParams(5, repetition_penalty=-1.0))
+
+
+def test_a_model_that_cannot_be_opened_leaves_the_swarm(
+    tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LeftError(Exception):
+        pass
+
+    def leave(_: Swarm) -> None:
+        raise LeftError
+
+    monkeypatch.setattr(Swarm, "connect", lambda config: pair.served.swarm)
+    monkeypatch.setattr(Swarm, "close", leave)
+    pair.local.save_pretrained(tmp_path)  # there is no tokenizer in the folder
+    with pytest.raises(LeftError):
+        open_text_model(str(tmp_path), ["/ip4/127.0.0.1/tcp/1/p2p/x"], config=CLIENT_CONFIG)
