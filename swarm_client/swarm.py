@@ -6,6 +6,7 @@ import itertools
 import secrets
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 from swarm_client.config import ClientConfig
 from swarm_client.loop_thread import LoopThread, join_network
@@ -68,6 +69,10 @@ class Swarm:
                 self.loop.run(self._transport.close())
             finally:
                 self.loop.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Swarm":
+        """A copy of a model uses the same connection."""
+        return self
 
     def _watcher(self, model: ModelKey) -> SwarmWatcher:
         watcher = self._watchers.get(model)

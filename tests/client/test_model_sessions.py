@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,26 @@ def test_inputs_embeds_are_served_without_a_session_and_refused_in_one(llama: Pa
     assert torch.equal(found, wanted)
     with llama.remote.inference_session(max_length=20), pytest.raises(InvalidRequestError, match="inputs_embeds"):
         llama.remote.generate(inputs_embeds=embeds, max_new_tokens=4)
+
+
+def test_a_copy_of_a_model_generates_over_the_same_connection(llama: Pair) -> None:
+    model = copy.deepcopy(llama.remote)
+    assert torch.equal(
+        model.generate(ids(), max_new_tokens=3, do_sample=False), llama.generated(ids(), max_new_tokens=3)[1]
+    )
+
+
+def test_sessions_are_nested(llama: Pair) -> None:
+    with llama.remote.inference_session(max_length=30) as outer:
+        a = llama.remote.generate(ids(), max_new_tokens=2, do_sample=False)
+        with llama.remote.inference_session(max_length=30) as inner:
+            llama.remote.generate(ids(seed=4), max_new_tokens=2, do_sample=False)
+            with outer:
+                b = llama.remote.generate(max_new_tokens=2, do_sample=False)
+            assert inner.position == 8
+        c = llama.remote.generate(max_new_tokens=1, do_sample=False)
+    wanted = llama.local.generate(ids(), max_new_tokens=5, do_sample=False)
+    assert torch.equal(torch.cat([a, b, c], 1), wanted)
 
 
 @torch.no_grad()
