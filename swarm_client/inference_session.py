@@ -16,7 +16,13 @@ import torch
 from swarm_client.config import ClientConfig
 from swarm_client.loop_thread import LoopThread
 from swarm_client.swarm_session import HopTiming, StepResult, SwarmSession
-from swarm_protocol.errors import CancelledStepError, InvalidRequestError, MaxLengthError, SessionClosedError
+from swarm_protocol.errors import (
+    CancelledStepError,
+    InvalidRequestError,
+    MaxLengthError,
+    SessionClosedError,
+    SwarmError,
+)
 from swarm_protocol.messages import MAX_BATCH_ROWS
 from swarm_protocol.tensors import check_finite, from_wire, to_wire
 
@@ -82,6 +88,7 @@ class InferenceSession:
         self._is_cancellable = False
         self._is_cancelled = False
         self._is_closed = False
+        self._is_broken = False
         self._tokens: list[contextvars.Token[InferenceSession | None]] = []
 
     @property
@@ -175,6 +182,15 @@ class InferenceSession:
         self.position = 0
         self.token_ids = token_ids
         self._batch_size, self._padding, self._row_order = None, (), None
+        self._is_broken = False
+
+    def recover(self) -> None:
+        """Forget what is cached if the last step failed but may succeed elsewhere, so that a new route is taken.
+
+        For those who can compute everything again from `position` 0 on; keeps `token_ids`.
+        """
+        if self._is_broken:
+            self.reset()
 
     def close(self) -> None:
         """Free the caches at the nodes. Idempotent."""
@@ -241,8 +257,9 @@ class InferenceSession:
                 chunk = hidden_states[:, start : start + width]
                 outputs.append(self._step_chunk(chunk))
                 self._position += chunk.shape[1]
-        except BaseException:
+        except BaseException as error:
             self._position = before
+            self._is_broken = isinstance(error, SwarmError) and error.retryable
             raise
         return outputs
 

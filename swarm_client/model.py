@@ -106,6 +106,7 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
             if session is None:
                 return super().generate(inputs, generation_config, *args, **kwargs)
             before = _token_ids_before(session, inputs, kwargs)
+            session.recover()
             with _kept_on_error(session, generation), session.cancellable():
                 if before is not None:
                     inputs = _behind(before, inputs)

@@ -138,8 +138,9 @@ class DistributedTextSession:
             raise InvalidRequestError("the session is empty: there is nothing to continue")
         if len(self._token_ids) + params.max_new_tokens > self.max_length:
             raise MaxLengthError(len(self._token_ids), params.max_new_tokens, self.max_length)
-        self._cancelled.clear()
         chooser = TokenChooser(params)
+        self._cancelled.clear()
+        self._session.recover()
         return stream_text(
             replace(params, stop=params.stop + self._turn_stop),
             lambda: self._next_token(chooser),

@@ -325,7 +325,9 @@ def test_a_node_that_dies_gives_a_retryable_error_and_another_takes_over_for_new
     with pytest.raises(SwarmError) as caught:
         model.generate(max_new_tokens=2, do_sample=False, session=session)
     assert caught.value.retryable
+    again = model.generate(max_new_tokens=2, do_sample=False, session=session)
     session.close()
+    assert torch.equal(again, local.generate(ids(), max_new_tokens=4, do_sample=False)[:, -2:])
     found = model.generate(ids(), max_new_tokens=4, do_sample=False)
     assert torch.equal(found, local.generate(ids(), max_new_tokens=4, do_sample=False))
 

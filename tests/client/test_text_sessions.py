@@ -11,7 +11,8 @@ import torch
 
 from swarm_client import ChatMessage, SamplingParams, Swarm, open_text_model
 from swarm_client.generation.text_model import DistributedTextModel, DistributedTextSession
-from swarm_protocol.errors import InvalidRequestError, MaxLengthError
+from swarm_protocol.errors import InvalidRequestError, MaxLengthError, SwarmError
+from swarm_protocol.spans import Span
 from tests.client.test_model import Pair
 from tests.local_swarm import CLIENT_CONFIG
 
@@ -175,3 +176,17 @@ def test_a_model_that_cannot_be_opened_leaves_the_swarm(
     pair.local.save_pretrained(tmp_path)  # there is no tokenizer in the folder
     with pytest.raises(LeftError):
         open_text_model(str(tmp_path), ["/ip4/127.0.0.1/tcp/1/p2p/x"], config=CLIENT_CONFIG)
+
+
+def test_an_answer_goes_on_elsewhere_when_asked_for_again(
+    pair: Pair, model: DistributedTextModel, session: DistributedTextSession
+) -> None:
+    session.append_text(PROMPT)
+    deltas = session.generate(SamplingParams(6))
+    shown = "".join(next(deltas).text for _ in range(2))
+    pair.served.kill(pair.served.nodes[1])
+    pair.served.nodes[1] = pair.served.add_node(Span(2, 5))
+    with pytest.raises(SwarmError) as caught:
+        list(deltas)
+    assert caught.value.retryable
+    assert shown + text_of(session, 4) == local_text(pair, [5, 17, 31, 8])
