@@ -30,7 +30,7 @@ class ClientConfig:
     startup_s: float = 30.0
     open_s: float = 15.0
     step_s: float = 120.0
-    resume_s: float = 10.0
+    resume_s: float = 5.0
     view_age_s: float = 5.0
     avoid_s: float = 45.0
     route_attempts: int = 3

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from swarm_protocol.errors import CacheFullError, MissingBlocksError, RevisionMismatchError
+from swarm_protocol.errors import MissingBlocksError, RevisionMismatchError
 from swarm_protocol.ids import PeerId
 from swarm_protocol.records import NodeRecord
 from swarm_protocol.spans import Span, uncovered
@@ -36,12 +36,12 @@ def find_route(
 ) -> list[Hop]:
     """Return the hops of a route with the fewest nodes; `choose` picks one of equal ones.
 
-    Going on with the node that reaches furthest gives the fewest, since spans are intervals. `needed_tokens` must be
-    free at every node. Nodes in `avoided` are used only for blocks that nobody else serves: a node that failed a
-    moment ago may be back, and without it there is no route at all.
+    Going on with the node that reaches furthest gives the fewest, since spans are intervals. Nodes in `avoided`, and
+    those whose record says that fewer than `needed_tokens` are free, are used only for blocks that nobody else serves:
+    a node that failed or was full a moment ago may be well again, and is the one to say so.
 
-    Raises RevisionMismatchError if the blocks are served, but with other weights; CacheFullError if they are served,
-    but memory is short; MissingBlocksError, which names the blocks, otherwise.
+    Raises RevisionMismatchError if the blocks are served, but with other weights; MissingBlocksError, which names the
+    blocks, if some are not served at all.
     """
     online = [r for r in records if r.state == "online" and r.model == model.name]
     same = [r for r in online if r.revision == model.revision]
@@ -54,13 +54,11 @@ def find_route(
             )
         raise MissingBlocksError(model.name, holes)
     roomy = [r for r in same if r.free_tokens >= needed_tokens]
-    if uncovered((r.span for r in roomy), model.num_blocks):
-        raise CacheFullError(needed_tokens, max((r.free_tokens for r in same), default=0))
     trusted = [r for r in roomy if r.peer_id not in avoided]
     hops: list[Hop] = []
     block = 0
     while block < model.num_blocks:
-        record = _furthest(trusted, block, choose) or _furthest(roomy, block, choose)
+        record = next(filter(None, (_furthest(some, block, choose) for some in (trusted, roomy, same))), None)
         if record is None:
             raise AssertionError("coverage was checked above")
         end = min(record.end_block, model.num_blocks)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm_client.routing.find_route import Hop, ModelKey, find_route
-from swarm_protocol.errors import CacheFullError, MissingBlocksError, RevisionMismatchError
+from swarm_protocol.errors import MissingBlocksError, RevisionMismatchError
 from swarm_protocol.ids import PeerId
 from swarm_protocol.records import NodeRecord
 from swarm_protocol.spans import Span, uncovered
@@ -60,10 +60,9 @@ def test_other_weights_are_named() -> None:
         route(record("a", 0, 10, revision="other"))
 
 
-def test_memory_is_a_hard_condition() -> None:
+def test_nodes_with_room_are_preferred_and_full_ones_are_asked_where_there_is_no_other() -> None:
     full, roomy = record("a", 0, 10, free_tokens=9), record("b", 0, 5)
-    with pytest.raises(CacheFullError, match="10 tokens needed"):
-        route(full, roomy)
+    assert [hop.peer_id for hop in route(full, roomy)] == ["b", "a"]
     assert len(route(full, roomy, needed_tokens=9)) == 1
     assert [hop.peer_id for hop in route(full, roomy, record("c", 5, 10))] == ["b", "c"]
 
