@@ -57,7 +57,7 @@ class NodeLimits:
     """Steps and forward passes that wait or run; as many as sessions, since each has one step at a time."""
     max_queued: int = 512
     resume_grace_s: float = 60.0
-    """How long a session whose stream dropped keeps its cache (DESIGN D16)."""
+    """How long a session whose stream dropped keeps its cache."""
     idle_s: float = 1800.0
     """A session without a step for so long is closed; a reader of a long answer comes back sooner."""
     first_message_s: float = 15.0

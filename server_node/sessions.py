@@ -27,7 +27,7 @@ from swarm_protocol.session_state import Begun, SessionState, State
 logger = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 1
-"""Steps of a session that are begun and not answered; more come with the ring (DESIGN D14)."""
+"""Steps of a session that are begun and not answered; more come with the ring."""
 
 
 class Session:

@@ -1,6 +1,6 @@
 """Pure: what a node says of itself in the directory, and the envelope that makes it its own.
 
-A record is signed by the key behind the peer id, so that it verifies alone (DESIGN D7). It lives under
+A record is signed by the key behind the peer id, so that it verifies alone. It lives under
 
     umbel/1/<model name>/<bucket>     subkey: the peer id     value: msgpack [payload, signature]
 
@@ -24,7 +24,7 @@ MAX_RECORD_BYTES = 2000
 BUCKET_BLOCKS = 8
 RECORD_LIFETIME_S = 30.0
 REFRESH_PERIOD_S = 10.0
-"""A killed node is gone after 30 s; two lost refreshes do not take a living one away (DESIGN D7)."""
+"""A killed node is gone after 30 s; two lost refreshes do not take a living one away."""
 
 NodeState = Literal["joining", "online", "draining", "offline"]
 Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
@@ -34,7 +34,7 @@ Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
 class NodeRecord:
     """One node's own words. `incarnation` grows with every start of the node; times are seconds since the epoch.
 
-    `numerics` is equal for two nodes exactly if their KV caches are interchangeable (DESIGN D11).
+    `numerics` is equal for two nodes exactly if their KV caches are interchangeable.
     """
 
     peer_id: ShortText

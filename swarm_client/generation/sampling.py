@@ -20,7 +20,7 @@ from swarm_protocol.errors import InvalidRequestError
 
 class TokenChooser:
     """Greedy or seeded choice of tokens. One random number is drawn per position, so that a seed gives one text
-    whatever is cancelled, repeated or guessed ahead in between (DESIGN D13)."""
+    whatever is cancelled, repeated or guessed ahead in between."""
 
     def __init__(self, params: SamplingParams) -> None:
         """Raises InvalidRequestError for values that the processors refuse."""

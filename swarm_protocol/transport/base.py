@@ -12,7 +12,7 @@ from swarm_protocol.ids import PeerId
 
 MAX_FRAME_BYTES = 2 * 1024 * 1024 - 1024
 """The largest frame. libp2p's daemon holds unary payloads to 2 MiB; raw streams have no limit of their own, so this one
-is ours (DESIGN D3), with room below 2 MiB for the length prefix."""
+is ours, with room below 2 MiB for the length prefix."""
 
 Buffer = bytes | bytearray | memoryview
 

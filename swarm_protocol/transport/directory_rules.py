@@ -4,7 +4,7 @@ from typing import Final
 
 from swarm_protocol.errors import InvalidRecordError
 
-MAX_VALUE_BYTES: Final = 2048  # a sealed record (2,000, DESIGN D7) and some room
+MAX_VALUE_BYTES: Final = 2048  # a sealed record (at most 2,000) and some room
 MAX_SUBKEY_CHARS: Final = 128  # a peer id has 52
 MAX_EXPIRY_S: Final = 3600.0  # ahead of now; records live 30 s, and a tombstone only has to outlive a record
 

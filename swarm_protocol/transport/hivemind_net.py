@@ -1,7 +1,7 @@
 """The network on libp2p: streams through the p2pd daemon, the directory in hivemind's DHT. All else is in `base.py`.
 
 The daemon is a child process with a control socket; every stream is a socket of its own between it and this process.
-hivemind's `P2P` and `DHTNode` share the caller's event loop, in any thread; nothing forks (DESIGN D3, D4).
+hivemind's `P2P` and `DHTNode` share the caller's event loop, in any thread; nothing forks.
 """
 
 import asyncio

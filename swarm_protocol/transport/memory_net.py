@@ -33,7 +33,7 @@ __all__ = ["LinkProfile", "MemoryDirectory", "MemoryNetwork", "MemoryTransport"]
 
 WINDOW_BYTES: Final = 256 * 1024  # under way and unread, per direction; what sockets and daemon hold is of this order
 EPOCH_S: Final = 1_700_000_000.0  # the swarm's clock when the network is made; any fixed value does
-DETECTION_S: Final = 0.03  # how soon the end of a killed peer was seen on loopback (D3)
+DETECTION_S: Final = 0.03  # how soon the end of a killed peer was seen on loopback
 
 
 class MemoryNetwork:
