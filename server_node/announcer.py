@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 _STORE_TIMEOUT_S = 8.0
 """For one store: below the refresh period, above a lookup of peers that takes a few round trips of 3 s at worst."""
 
-_FIRST_RETRY_S = 1.0
+_RETRIES_S = (1.0, 2.0, 4.0, 8.0)
+"""After that many failures in a row; from then on the record is refreshed as usual."""
 
 _LATER_S = 0.01
 """The directory replaces a value only by one that expires later."""
@@ -50,8 +51,8 @@ class Announcer:
     async def run(self) -> None:
         """Refresh the record until cancelled; after a failure sooner than usual."""
         while True:
-            retry_s = _FIRST_RETRY_S * 2 ** (self._num_failures - 1) if self._num_failures else REFRESH_PERIOD_S
-            await asyncio.sleep(min(retry_s, REFRESH_PERIOD_S))
+            is_early = 0 < self._num_failures <= len(_RETRIES_S)
+            await asyncio.sleep(_RETRIES_S[self._num_failures - 1] if is_early else REFRESH_PERIOD_S)
             await self._publish()
 
     @property

@@ -136,6 +136,27 @@ def test_the_announcer_outlives_a_failing_directory(caplog: pytest.LogCaptureFix
 
 
 @virtual
+async def test_hours_without_a_directory_do_not_end_the_announcing():
+    network = MemoryNetwork()
+    transport = network.transport()
+    announcer = Announcer(transport, network.identity(transport.peer_id).sign, node_record(transport))
+    store = transport.directory.store
+    is_there = False
+
+    async def failing(key: str, subkey: str, value: bytes, expires_at_s: float) -> bool:
+        return is_there and await store(key, subkey, value, expires_at_s)
+
+    transport.directory.store = failing  # type: ignore[method-assign]
+    await announcer.announce("online")
+    task = asyncio.create_task(announcer.run())
+    await asyncio.sleep(6 * 3600)
+    is_there = True
+    await asyncio.sleep(2 * REFRESH_PERIOD_S)
+    assert network.records
+    task.cancel()
+
+
+@virtual
 async def test_a_withdrawal_replaces_the_record_and_outlives_it():
     network = MemoryNetwork()
     transport = network.transport()
