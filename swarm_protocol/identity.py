@@ -105,10 +105,14 @@ def load_or_create_identity(path: Path) -> Identity:
         return load_identity(path)
     except OSError as error:
         raise ConfigError(f"cannot write the identity file {path}: {error.strerror}") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(identity.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(identity.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        path.unlink(missing_ok=True)  # half a key would be in the way of every later start
+        raise ConfigError(f"cannot write the identity file {path}: {error.strerror}") from error
     return identity
 
 

@@ -30,6 +30,9 @@ from swarm_protocol.model.safetensors_files import StoredTensor, TensorEntry, re
 Progress = Callable[[int, int], None]
 """Called with what is done and how much there is in all."""
 
+MAX_MODEL_NAME_CHARS = 128
+"""As `ids.is_model_name` says; a record with a longer one is nobody's."""
+
 _INDEX_FILE = "model.safetensors.index.json"
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)?")
 
@@ -86,8 +89,8 @@ def open_checkpoint(
 
 
 def clean_name(text: str) -> str:
-    """Return `text` with every run of characters outside `[A-Za-z0-9._/-]` replaced by one dash."""
-    return re.sub(r"[^A-Za-z0-9._/-]+", "-", text).strip("-/.") or "model"
+    """Return `text` as a model's name: every run of characters outside `[A-Za-z0-9._/-]` is one dash, 128 in all."""
+    return re.sub(r"[^A-Za-z0-9._/-]+", "-", text).lstrip("-/._")[:MAX_MODEL_NAME_CHARS].rstrip("-/.") or "model"
 
 
 def _open_gguf(path: Path) -> Checkpoint:

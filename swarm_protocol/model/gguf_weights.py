@@ -33,7 +33,8 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
-from swarm_protocol.errors import CheckpointError
+from swarm_protocol.errors import CheckpointError, UnsupportedFamilyError
+from swarm_protocol.model import families
 from swarm_protocol.model.safetensors_files import StoredTensor, samples
 
 # GGUF files are named <model>-<encoding>.gguf or <model>.<encoding>.gguf by convention. The name inside the file is
@@ -168,7 +169,12 @@ def open_gguf(path: Path, clean_name: Callable[[str], str]) -> GgufCheckpoint:
         digest.update(piece)
     fields = _read_config(path)
     name = clean_name(_ENCODING.sub("", path.stem))
-    config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    try:
+        config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    except (KeyError, *families.CONFIG_ERRORS) as error:
+        raise UnsupportedFamilyError(
+            f"{fields['model_type']}: the fields of {path.name} make no config: {error}"
+        ) from error
     return GgufCheckpoint(path, name, digest.hexdigest()[:16], config)
 
 

@@ -213,7 +213,11 @@ class HivemindTransport:
     async def _keep_addresses(self) -> None:
         while True:
             await asyncio.sleep(ADDRESS_REFRESH_S)
-            await self._refresh_addresses()
+            try:
+                async with asyncio.timeout(ADDRESS_REFRESH_S):
+                    await self._refresh_addresses()
+            except Exception as error:  # hivemind raises whatever happens below it; the next time may be better
+                logger.warning("the addresses are not known anew: %r peer=%s", error, self._peer_id)
 
     async def _watch_daemon(self, daemon: Daemon) -> None:
         status = await daemon.wait()

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
 from swarm_protocol.errors import BlocksNotServedError, CheckpointError, InvalidRequestError, MaxLengthError
+from swarm_protocol.ids import is_model_name
 from swarm_protocol.model import build_client_model, load_ends, load_span, open_checkpoint
 from swarm_protocol.model.checkpoint import clean_name
 from swarm_protocol.spans import Span
@@ -207,6 +208,8 @@ def test_names_are_cleaned() -> None:
     assert clean_name("SmolLM2 135M (chat)") == "SmolLM2-135M-chat"
     assert clean_name("../x") == "x"
     assert clean_name("€") == "model"
+    for folder in ("_quantized", "n" * 200, "n" * 127 + ".x", "__", "._-x"):
+        assert is_model_name(clean_name(folder))
 
 
 def test_packed_experts_are_unpacked(tmp_path: Path) -> None:

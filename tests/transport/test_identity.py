@@ -119,3 +119,13 @@ def test_files_that_cannot_be_read_or_made_are_refused(tmp_path: Path):
         load_or_create_identity(tmp_path)
     with pytest.raises(ConfigError, match="cannot write"):
         load_or_create_identity(tmp_path / "no folder" / "identity")
+
+
+def test_a_disk_that_is_full_leaves_no_half_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        load_or_create_identity(tmp_path / "key")
+    assert not list(tmp_path.iterdir())
