@@ -146,14 +146,14 @@ async def _run(config: NodeConfig, lifecycle: _Lifecycle) -> None:
 
 
 async def _bootstrap(network: NetworkConfig, lifecycle: _Lifecycle) -> None:
-    from server_node.node import best_address, joined
+    from server_node.node import best_address, joined, stopped_or_lost
 
     async with joined(network) as (transport, _):
         address = best_address(transport.addresses)
         for other in transport.addresses:
             logger.info("reachable at %s", other)
         lifecycle.up(address)
-        await lifecycle.stop.wait()
+        await stopped_or_lost(lifecycle.stop, transport)
 
 
 def _progress(source: str) -> "Progress":

@@ -113,7 +113,8 @@ class Node:
     async def serve(self, stop: asyncio.Event, on_online: Callable[[], None]) -> None:
         """Serve sessions and forward passes until `stop` is set and what ran by then has ended.
 
-        Raises StreamLostError if the network is lost for good: a node that nobody reaches must not look alive.
+        Raises StreamLostError, in a group, if the network is lost for good: a node that nobody reaches must not look
+        alive.
         """
         async with asyncio.TaskGroup() as group:
             handlers = NodeHandlers(self.admission, self.sessions, self._worker, group)
@@ -122,13 +123,14 @@ class Node:
             self._announcer.serving(self.admission.served.cache_tokens, lambda: self.admission.free_tokens)
             await self._announcer.announce("online")
             on_online()
-            await _stopped_or_lost(stop, self._transport)
+            await stopped_or_lost(stop, self._transport)
             self.admission.is_draining = True
             await self._announcer.announce("draining")
             await handlers.drain(self._limits.drain_s)
 
 
-async def _stopped_or_lost(stop: asyncio.Event, transport: Transport) -> None:
+async def stopped_or_lost(stop: asyncio.Event, transport: Transport) -> None:
+    """Wait until `stop` is set. Raises StreamLostError if the network is lost for good before."""
     lost = asyncio.create_task(transport.until_lost(), name="network-watch")
     stopped = asyncio.create_task(stop.wait(), name="stop-watch")
     try:

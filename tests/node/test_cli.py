@@ -1,14 +1,21 @@
 """What `umbel-node` says and how it ends: one line and status 2 for what cannot start, else the documented lines."""
 
+import asyncio
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
+from server_node import cli
+from swarm_protocol.transport.memory_net import MemoryNetwork
 from tests.tiny_models import save_tiny_model
 
 LOCAL = ("--host", "127.0.0.1", "--no-relay", "--no-port-mapping")
@@ -26,15 +33,25 @@ def umbel_node(*arguments: str) -> "subprocess.Popen[str]":
     )
 
 
-def refusal(*arguments: str) -> str:
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refusal:
     """Return the only line that a command prints which ends with status 2."""
-    process = umbel_node(*arguments)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2, err
-    assert out == ""
-    (line,) = err.splitlines()
-    assert line.startswith("umbel-node")
-    return line
+    # Device threads of other tests are none of its business, and the environment is everybody's.
+    monkeypatch.setattr(cli, "_leave_device_thread", lambda _: None)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+    def run(*arguments: str) -> str:
+        assert cli.main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        (line,) = err.splitlines()
+        assert line.startswith("umbel-node")
+        return line
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -62,29 +79,32 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
 )
 def test_bad_arguments_are_one_line(arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]):
-    from server_node.cli import main
-
     with pytest.raises(SystemExit) as caught:
-        main(arguments)
+        cli.main(arguments)
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
 
 
-def test_a_model_that_is_not_there_is_one_line(tmp_path: Path):
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, refusal: Refusal):
     assert "no checkpoint at" in refusal("run", f"{tmp_path}/nothing here", *LOCAL)
 
 
-def test_a_device_that_is_not_there_is_one_line(model: str):
+def test_a_device_that_is_not_there_is_one_line(model: str, refusal: Refusal):
     assert "device 'abacus' cannot be used here" in refusal("run", model, "--device", "abacus", *LOCAL)
 
 
-def test_blocks_outside_of_the_model_are_one_line(model: str):
+def test_blocks_outside_of_the_model_are_one_line(model: str, refusal: Refusal):
     assert "tiny-llama has the blocks 0:5, not 3:9" in refusal("run", model, "--blocks", "3:9", *LOCAL)
 
 
+def test_a_host_name_to_listen_on_is_one_line(model: str, refusal: Refusal):
+    says = "cannot listen on 'localhost': an IPv4 or IPv6 address is needed"
+    assert says in refusal("run", model, "--host", "localhost")
+
+
 @pytest.mark.p2p
-def test_peers_that_are_no_addresses_are_one_line(model: str):
+def test_peers_that_are_no_addresses_are_one_line(model: str, refusal: Refusal):
     assert "multiaddress" in refusal("run", model, "--initial-peers", "localhost:80", *LOCAL)
 
 
@@ -102,3 +122,36 @@ def test_a_node_says_that_it_is_online_and_leaves_on_a_signal(model: str):
         assert process.returncode == 0, err
         assert out == ""
         assert "Traceback" not in err
+
+
+@pytest.mark.p2p
+def test_a_node_whose_network_daemon_dies_says_so_and_ends(model: str):
+    node = umbel_node("run", model, "--threads", "1", *LOCAL)
+    online = node.stdout.readline().strip()
+    address = online.rpartition(" ")[2]
+    assert node.stdout.readline() == f"others join with: umbel-node run {model} --initial-peers {address}\n"
+    (daemon,) = psutil.Process(node.pid).children()
+    daemon.kill()
+    _, err = node.communicate(timeout=30)
+    assert node.returncode == 1
+    assert err.splitlines()[-1] == (
+        "umbel-node: error: StreamLostError: the network daemon ended; start the node again"
+    )
+
+
+def test_a_bootstrap_peer_whose_network_is_lost_ends_with_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    @asynccontextmanager
+    async def joined(_: Any) -> AsyncIterator[tuple[Any, None]]:
+        network = MemoryNetwork()
+        transport = network.transport()
+        asyncio.get_running_loop().call_later(0.05, network.kill, transport.peer_id)
+        yield transport, None
+
+    monkeypatch.setattr("server_node.node.joined", joined)
+    monkeypatch.setattr(cli, "_leave_device_thread", lambda _: None)
+    assert cli.main(["bootstrap", *LOCAL]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("/memory/0/p2p/")
+    assert "the network daemon ended" in err

@@ -10,7 +10,7 @@ import torch
 from server_node.compute.worker import LoadedSpan, OpenedModel
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig
 from server_node.node import Observer, Online, best_address, cache_tokens_to_reserve, num_blocks_to_hold, run_node
-from swarm_protocol.errors import CheckpointError, ConfigError, PeerUnreachableError
+from swarm_protocol.errors import CheckpointError, ConfigError, PeerUnreachableError, StreamLostError
 from swarm_protocol.identity import load_identity, verify
 from swarm_protocol.messages import SESSION_PROTOCOL, OpenSession
 from swarm_protocol.model.checkpoint import open_checkpoint
@@ -169,6 +169,19 @@ def test_peers_that_do_not_answer_end_the_start(folder: str):
 
         with pytest.raises(PeerUnreachableError):
             await run_node(config(folder), asyncio.Event(), Observer(lambda *_: None, lambda _: None), open_network)
+
+    scenario()
+
+
+def test_a_node_whose_network_is_lost_ends_with_an_error(folder: str):
+    @virtual
+    async def scenario() -> None:
+        runner = Runner()
+        node = await runner.start(config(folder))
+        runner.network.kill(runner.records()[0].peer_id)
+        with pytest.raises(ExceptionGroup) as caught:
+            await node.task
+        assert caught.group_contains(StreamLostError, match="start the node again")
 
     scenario()
 
