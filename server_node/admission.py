@@ -33,6 +33,11 @@ HIDDEN_DTYPES = frozenset({"float32", "bfloat16", "float16"})
 
 _BYTES_PER_VALUE = 4
 
+_HELD_MESSAGES_PER_PEER = 8
+_HELD_MESSAGES = 32
+"""Messages of the full payload that may be half here, or wait as forward passes: 2 GiB in all by default. What a
+session sends is bounded by its reserved tokens besides; forward passes reserve nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServedSpan:
@@ -75,6 +80,7 @@ class Admission:
         self._sessions: Counter[PeerId] = Counter()
         self._streams: Counter[PeerId] = Counter()
         self._queued: Counter[PeerId] = Counter()
+        self._held_bytes: Counter[PeerId] = Counter()
 
     @property
     def free_tokens(self) -> int:
@@ -124,7 +130,7 @@ class Admission:
     def release(self, plan: SessionPlan) -> None:
         """Give back what `admit` reserved; once for each plan."""
         self.free_token_blocks += plan.token_blocks
-        _take_one(self._sessions, plan.peer_id)
+        _take(self._sessions, plan.peer_id)
 
     @contextmanager
     def stream(self, peer_id: PeerId) -> Iterator[None]:
@@ -135,7 +141,7 @@ class Admission:
         try:
             yield
         finally:
-            _take_one(self._streams, peer_id)
+            _take(self._streams, peer_id)
 
     def queue(self, peer_id: PeerId) -> None:
         """Count a step or forward pass that waits or runs. Raises LimitExceededError, NodeDrainingError."""
@@ -148,8 +154,27 @@ class Admission:
 
     def unqueue(self, peer_id: PeerId) -> None:
         """The step or forward pass ended."""
-        _take_one(self._queued, peer_id)
+        _take(self._queued, peer_id)
         self.num_queued -= 1
+
+    @property
+    def held_bytes(self) -> int:
+        """What `hold` counted of all peers."""
+        return self._held_bytes.total()
+
+    def hold(self, peer_id: PeerId, num_bytes: int) -> None:
+        """Count memory of a message that a peer is sending. Raises LimitExceededError, and then nothing is counted."""
+        own_bytes, full_bytes = self._held_bytes[peer_id] + num_bytes, self.limits.max_payload_bytes
+        if (
+            own_bytes > _HELD_MESSAGES_PER_PEER * full_bytes
+            or self.held_bytes + num_bytes > _HELD_MESSAGES * full_bytes
+        ):
+            raise LimitExceededError(f"too many messages arrive at once: {own_bytes} bytes are this peer's")
+        self._held_bytes[peer_id] = own_bytes
+
+    def unhold(self, peer_id: PeerId, num_bytes: int) -> None:
+        """The memory is free again."""
+        _take(self._held_bytes, peer_id, num_bytes)
 
     def check_forward(self, request: Forward) -> Span:
         """Return the blocks that `request` is to run through. Raises SwarmError if it cannot be served."""
@@ -199,7 +224,7 @@ class Admission:
         return num_tokens * self.served.hidden_size * _BYTES_PER_VALUE
 
 
-def _take_one(counter: Counter[PeerId], peer_id: PeerId) -> None:
-    counter[peer_id] -= 1
+def _take(counter: Counter[PeerId], peer_id: PeerId, count: int = 1) -> None:
+    counter[peer_id] -= count
     if not counter[peer_id]:
         del counter[peer_id]

@@ -12,6 +12,7 @@ What a peer sends falls into three kinds of trouble:
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 
 from server_node.admission import Admission
 from server_node.compute.worker import AllocateWork, ComputeWorker, ForwardWork, StepWork
@@ -109,28 +110,33 @@ class NodeHandlers:
     async def _serve(
         self, stream: FrameStream, max_payload_bytes: int, conversation: Callable[[Link], Awaitable[None]]
     ) -> None:
-        peer = short_peer(stream.peer_id)
-        link = Link(stream, self._admission.limits, max_payload_bytes)
+        link = Link(stream, self._admission, max_payload_bytes)
         self._links.add(link)
         try:
-            async with open_link(link):
-                try:
-                    with self._admission.stream(stream.peer_id):
-                        await conversation(link)
-                except StreamLostError as error:
-                    logger.debug("stream ended: %s peer=%s", error, peer)
-                except TimeoutError:
-                    logger.debug("stream closed, nothing came peer=%s", peer)
-                except SwarmError as error:
-                    logger.debug("stream refused: %s: %s peer=%s", error.code, error, peer)
-                    link.post(error_reply(error))
-                except Exception as error:
-                    link.post(error_reply(_internal(error, f"bug in a stream's handler peer={peer}")))
+            # It counts until its last answers are sent, too: they are what a peer that does not read piles up.
+            with ExitStack() as counted:
+                async with open_link(link):
+                    await self._converse(link, conversation, counted)
         except Exception:
-            logger.exception("bug while a stream was ended peer=%s", peer)
+            logger.exception("bug while a stream was ended peer=%s", short_peer(stream.peer_id))
         finally:
             self._links.discard(link)
             self._something_ended.set()
+
+    async def _converse(self, link: Link, conversation: Callable[[Link], Awaitable[None]], counted: ExitStack) -> None:
+        peer = short_peer(link.peer_id)
+        try:
+            counted.enter_context(self._admission.stream(link.peer_id))
+            await conversation(link)
+        except StreamLostError as error:
+            logger.debug("stream ended: %s peer=%s", error, peer)
+        except TimeoutError:
+            logger.debug("stream closed, nothing came peer=%s", peer)
+        except SwarmError as error:
+            logger.debug("stream refused: %s: %s peer=%s", error.code, error, peer)
+            link.post(error_reply(error))
+        except Exception as error:
+            link.post(error_reply(_internal(error, f"bug in a stream's handler peer={peer}")))
 
     # sessions
 
@@ -273,6 +279,7 @@ class NodeHandlers:
             message = await link.receive(_now_s() + self._admission.limits.idle_s)
             if isinstance(message, Forward):
                 link.post(await self._forward(link, message))
+                await link.all_sent()  # or a peer that reads nothing would pile up outputs here
             elif isinstance(message, Ping):
                 link.post(Pong(message.nonce))
             else:

@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from server_node.config import NodeLimits
-from swarm_protocol.errors import StreamLostError
+from server_node.admission import Admission
+from swarm_protocol.errors import MalformedFrameError, StreamLostError
 from swarm_protocol.ids import PeerId, short_peer
-from swarm_protocol.messages import Message
-from swarm_protocol.transport.base import FrameStream
+from swarm_protocol.messages import ForwardReply, Message, StepReply
+from swarm_protocol.transport.base import MAX_FRAME_BYTES, FrameStream
 from swarm_protocol.wire import MessageAssembler, WireLimits, encode
 
 logger = logging.getLogger(__name__)
@@ -22,16 +22,25 @@ logger = logging.getLogger(__name__)
 _MAX_OUTBOX = 16
 """Answers that may wait: those of the steps in flight, and some pongs."""
 
+_MAX_FRAMES = 1024
+"""Of one message: 64 MiB in frames of 64 KiB. Each frame costs some 300 bytes besides its own, so that a message in
+frames of a byte would take many times its size."""
+
 
 class Link:
     """The serving side of one stream; works inside `open_link`. Belongs to the event loop."""
 
-    def __init__(self, stream: FrameStream, limits: NodeLimits, max_payload_bytes: int) -> None:
+    def __init__(self, stream: FrameStream, admission: Admission, max_payload_bytes: int) -> None:
         self._stream = stream
-        self._limits = limits
+        self._admission = admission
+        self._limits = admission.limits
+        self._max_payload_bytes = max_payload_bytes
         self._assembler = MessageAssembler(WireLimits(max_payload_bytes))
+        self._held_bytes = 0
         self._outbox: deque[Message] = deque()
+        self._outbox_bytes = 0
         self._posted = asyncio.Event()
+        self._all_sent = asyncio.Event()
         self._is_finished = False
         self._is_broken = False
 
@@ -41,31 +50,67 @@ class Link:
 
     def allow_payload(self, max_payload_bytes: int) -> None:
         """From the next message on, let in so much; what was let in before is complete."""
+        self._max_payload_bytes = max_payload_bytes
         self._assembler = MessageAssembler(WireLimits(max_payload_bytes))
 
     async def receive(self, deadline: float | None) -> Message:
         """Return the next message.
 
-        Raises TimeoutError if none begins before the loop's clock shows `deadline`, StreamLostError at the end of the
-        stream or if the rest of a message stays away, and ProtocolError if this is no message that is let in.
+        Its memory counts as held for the peer until the next call. Raises TimeoutError if none begins before the loop's
+        clock shows `deadline`, StreamLostError at the end of the stream or if the rest of a message stays away or comes
+        too slowly, LimitExceededError if too much is held, and ProtocolError if this is no message that is let in.
         """
+        self.let_go()
         async with asyncio.timeout_at(deadline):
             frame = await self._stream.receive()
-        while (message := self._assembler.feed(frame)) is None:
+        if self._is_broken:
+            raise StreamLostError("the peer does not read its answers")
+        message = self._assembler.feed(frame)
+        return await self._rest(frame) if message is None else message
+
+    async def _rest(self, frame: bytes) -> Message:
+        """Return the message that begins with `frame`, once all of it is here."""
+        frame_s, now_s = self._limits.frame_s, asyncio.get_running_loop().time
+        began_s, message = now_s(), None
+        for _ in range(_MAX_FRAMES):
+            self._admission.hold(self.peer_id, len(frame))
+            self._held_bytes += len(frame)
+            # Every frame may take its time, but not so that many small ones are slower than full ones.
+            slowest_s = began_s + frame_s * (1 + self._held_bytes / MAX_FRAME_BYTES)
             try:
-                async with asyncio.timeout(self._limits.frame_s):
+                async with asyncio.timeout_at(min(now_s() + frame_s, slowest_s)):
                     frame = await self._stream.receive()
             except TimeoutError:
-                raise StreamLostError(f"the rest of a message did not come within {self._limits.frame_s:g} s") from None
-        return message
+                raise StreamLostError(f"the rest of a message did not come at a frame in {frame_s:g} s") from None
+            message = self._assembler.feed(frame)
+            if message is not None:
+                return message
+        raise MalformedFrameError(f"a message came in more than {_MAX_FRAMES} frames")
+
+    def let_go(self) -> None:
+        """Count no memory as held any more."""
+        if self._held_bytes:
+            self._admission.unhold(self.peer_id, self._held_bytes)
+            self._held_bytes = 0
 
     def post(self, message: Message) -> None:
         """Send `message` as soon as those before it are sent; lost if the stream ends first."""
-        if len(self._outbox) >= _MAX_OUTBOX:
+        size_bytes = _payload_bytes(message)
+        if len(self._outbox) >= _MAX_OUTBOX or (
+            self._outbox_bytes and self._outbox_bytes + size_bytes > 2 * self._max_payload_bytes
+        ):
             self._is_broken = True
         else:
             self._outbox.append(message)
+            self._outbox_bytes += size_bytes
+        self._all_sent.clear()
         self._posted.set()
+
+    async def all_sent(self) -> None:
+        """Wait until what was posted is sent. Raises StreamLostError if it cannot be."""
+        await self._all_sent.wait()
+        if self._is_broken:
+            raise StreamLostError("the answers cannot be sent")
 
     async def abort(self) -> None:
         """End the stream now; whoever waits on it sees StreamLostError."""
@@ -83,16 +128,21 @@ class Link:
         try:
             while not self._is_broken:
                 if self._outbox:
-                    await self._send(self._outbox.popleft())
+                    message = self._outbox.popleft()
+                    self._outbox_bytes -= _payload_bytes(message)
+                    await self._send(message)
                 elif self._is_finished:
                     break
                 else:
+                    self._all_sent.set()
                     self._posted.clear()
                     await self._posted.wait()
         except (StreamLostError, TimeoutError) as error:
             logger.debug("answers cannot be sent: %s peer=%s", error or "timeout", short_peer(self.peer_id))
         finally:
             self._is_broken = True
+            self._outbox.clear()
+            self._all_sent.set()
             await self._stream.close()
 
     async def _send(self, message: Message) -> None:
@@ -101,15 +151,22 @@ class Link:
                 await self._stream.send(parts)
 
 
+def _payload_bytes(message: Message) -> int:
+    return memoryview(message.hidden_states.data).nbytes if isinstance(message, StepReply | ForwardReply) else 0
+
+
 @asynccontextmanager
 async def open_link(link: Link) -> AsyncIterator[None]:
     """Serve `link`: what is posted inside is sent, the last of it on the way out, and then the stream is closed.
 
     Errors raised inside come out in an ExceptionGroup.
     """
-    async with asyncio.TaskGroup() as group:
-        group.create_task(link.write(), name="link-writer")
-        try:
-            yield
-        finally:
-            link.finish()
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(link.write(), name="link-writer")
+            try:
+                yield
+            finally:
+                link.finish()
+    finally:
+        link.let_go()
