@@ -9,12 +9,19 @@ from swarm_protocol.errors import BlocksNotServedError, InvalidTensorError, MaxL
 from swarm_protocol.model.parts import SpanModule
 from swarm_protocol.spans import Span
 
+SCORES_BYTES = 256 * 1024 * 1024
+"""What the attention scores of one block may take, in float32; more tokens go through in pieces. Eager attention, which
+BLOOM, Gemma 2 and gpt-oss run, makes them all: a copy for 4,096 tokens of BLOOM-176B would take 7.5 GB."""
+
 
 class BlockRunner:
     """The blocks of one span on their device. Only the compute thread may use it."""
 
     def __init__(self, module: SpanModule) -> None:
         self.module = module.requires_grad_(False)
+        self._num_heads = max(
+            int(module.config.per_layer_config[index].num_attention_heads) for index in range(len(module.span))
+        )
 
     @property
     def span(self) -> Span:
@@ -55,7 +62,13 @@ class BlockRunner:
             cache.rollback(position)
             if not num_tokens:
                 return hidden_states
-            return self.module(self._placed(hidden_states), cache=cache, blocks=blocks)  # type: ignore[no-any-return]
+            placed = self._placed(hidden_states)
+            size = self._piece_tokens(batch_size, position + num_tokens)
+            outputs: list[torch.Tensor] = [
+                self.module(placed[:, start : start + size], cache=cache, blocks=blocks)
+                for start in range(0, num_tokens, size)
+            ]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def forward(self, hidden_states: torch.Tensor, blocks: Span) -> torch.Tensor:
         """Return the hidden states after `blocks` of tokens that start at position 0; nothing is kept.
@@ -63,7 +76,14 @@ class BlockRunner:
         Gradients flow to `hidden_states` if it requires them. Raises InvalidTensorError and BlocksNotServedError.
         """
         self._check(hidden_states, blocks)
+        batch_size, num_tokens, _ = hidden_states.shape
+        if num_tokens > self._piece_tokens(batch_size, num_tokens) and not hidden_states.requires_grad:
+            return self.run_step(self.new_cache(batch_size, num_tokens, blocks), hidden_states, 0, blocks)
         return self.module(self._placed(hidden_states), blocks=blocks)  # type: ignore[no-any-return]
+
+    def _piece_tokens(self, batch_size: int, num_keys: int) -> int:
+        """Return how many tokens per row may go through at once, with `num_keys` tokens to attend to."""
+        return max(1, SCORES_BYTES // (4 * batch_size * self._num_heads * num_keys))
 
     def _check(self, hidden_states: torch.Tensor, blocks: Span) -> None:
         if not self.span.contains(blocks):

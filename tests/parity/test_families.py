@@ -92,6 +92,14 @@ def test_a_forward_without_a_cache_equals_the_whole_model(parts: Parts) -> None:
         assert_same(parts.ends.logits(hidden_states), parts.logits)
 
 
+def test_what_goes_through_in_pieces_equals_the_whole_model(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server_node.compute.block_runner.SCORES_BYTES", 4000)
+    chain = Chain(parts, parts.runners(CUTS[1]))
+    assert all(runner._piece_tokens(*parts.ids.shape) < parts.ids.shape[1] for runner in chain.runners)
+    assert_same(chain.step(parts.ids, 0), parts.logits)
+    test_a_forward_without_a_cache_equals_the_whole_model(parts)
+
+
 def test_sub_ranges_of_spans_equal_the_whole_model(parts: Parts) -> None:
     first, last = parts.span(Span(0, 5)), parts.span(Span(1, 4))
     runners = [BlockRunner(first), BlockRunner(last), BlockRunner(first)]
