@@ -95,6 +95,8 @@ class Link:
 
     def post(self, message: Message) -> None:
         """Send `message` as soon as those before it are sent; lost if the stream ends first."""
+        if self._is_broken:
+            return
         size_bytes = _payload_bytes(message)
         if len(self._outbox) >= _MAX_OUTBOX or (
             self._outbox_bytes and self._outbox_bytes + size_bytes > 2 * self._max_payload_bytes
@@ -103,7 +105,7 @@ class Link:
         else:
             self._outbox.append(message)
             self._outbox_bytes += size_bytes
-        self._all_sent.clear()
+            self._all_sent.clear()
         self._posted.set()
 
     async def all_sent(self) -> None:
