@@ -168,9 +168,15 @@ async def joined(
         identity = load_or_create_identity(Path(path))
         transport = await open_network(replace(network, identity_path=path))
         try:
+            _remove_all_in(Path(folder))  # the network has read the key; a process that is killed leaves none behind
             yield transport, identity
         finally:
             await transport.close()
+
+
+def _remove_all_in(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
 
 
 async def held_spans(transport: Transport, model: OpenedModel) -> list[Span]:

@@ -38,6 +38,7 @@ class Runner:
         self.loaded: list[tuple[int, int]] = []
 
     async def open_network(self, config: NetworkConfig) -> Transport:
+        self.key_path = Path(config.identity_path or "")
         return self.network.transport(load_identity(Path(config.identity_path or "")).peer_id)
 
     async def start(self, config: NodeConfig) -> "RunningNode":
@@ -111,6 +112,17 @@ def test_without_a_choice_the_whole_small_model_is_served(folder: str):
     async def scenario() -> None:
         node = await Runner().start(config(folder))
         assert node.online.span == Span(0, 5)
+        await node.leave()
+
+    scenario()
+
+
+def test_a_key_for_this_run_alone_is_in_no_file_while_the_node_serves(folder: str):
+    @virtual
+    async def scenario() -> None:
+        runner = Runner()
+        node = await runner.start(config(folder))
+        assert not runner.key_path.exists()
         await node.leave()
 
     scenario()
