@@ -32,8 +32,9 @@ _active: "contextvars.ContextVar[InferenceSession | None]" = contextvars.Context
 
 
 def active_session() -> "InferenceSession | None":
-    """Return the innermost session that this thread (or task) entered with `with`."""
-    return _active.get()
+    """Return the innermost session that this thread (or task) entered with `with`, unless another thread left it."""
+    session = _active.get()
+    return session if session is not None and session.is_entered else None
 
 
 @dataclass(slots=True)
@@ -197,6 +198,11 @@ class InferenceSession:
         if not self._is_closed:
             self._is_closed = True
             self._close_groups()
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether a `with` of this session is not left yet."""
+        return bool(self._tokens)
 
     def __enter__(self) -> "InferenceSession":
         self._check_open()

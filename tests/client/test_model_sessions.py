@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 
+from swarm_client import InferenceSession
 from swarm_client.loop_thread import LoopThread
 from swarm_protocol.errors import (
     CacheFullError,
@@ -348,3 +349,17 @@ def test_a_session_may_be_left_in_another_thread(llama: Pair) -> None:
     with pytest.raises(SessionClosedError):
         session.step(torch.zeros(1, 1, 32))
     assert session.route == []
+
+
+def test_a_session_that_another_thread_left_is_nobodys_any_more(llama: Pair) -> None:
+    session = llama.remote.inference_session(max_length=20)
+    session.__enter__()
+    leaving = threading.Thread(target=leave_quietly, args=(session,))
+    leaving.start()
+    leaving.join()
+    assert llama.remote.generate(ids(), max_new_tokens=2).shape == (1, 9)
+
+
+def leave_quietly(session: InferenceSession) -> None:
+    with contextlib.suppress(ValueError):  # the context is the other thread's
+        session.__exit__(None, None, None)
