@@ -8,6 +8,7 @@ leave the swarm in good order.
 import asyncio
 import errno
 import ipaddress
+import itertools
 import logging
 import os
 import signal
@@ -78,7 +79,7 @@ async def start_daemon(config: NetworkConfig, initial_peers: Sequence[str], file
     arguments = [str(files.program), *_flags(config, initial_peers, files)]
     if not (config.client_mode and not config.relay):
         await _check_port(config.host, config.port)
-    while True:
+    for attempt in itertools.count():
         files.remove_socket()  # of an attempt that failed
         daemon, lines = await _start_once(arguments)
         if daemon is not None:
@@ -86,8 +87,10 @@ async def start_daemon(config: NetworkConfig, initial_peers: Sequence[str], file
         problem = _problem(config, initial_peers, lines)
         if not isinstance(problem, PeerUnreachableError):
             raise problem
-        logger.info("%s; trying again", problem)
+        # A line every 5 s or so: peers that start together find each other within a few attempts.
+        logger.log(logging.INFO if attempt % 10 == 9 else logging.DEBUG, "%s; trying again", problem)
         await asyncio.sleep(RETRY_S)
+    raise AssertionError("unreachable")
 
 
 def listen_address(host: str, port: int) -> str:
