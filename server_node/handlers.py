@@ -15,7 +15,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 
 from server_node.admission import Admission
-from server_node.compute.worker import AllocateWork, ComputeWorker, ForwardWork, StepWork
+from server_node.compute.work import AllocateWork, ForwardWork, StepWork
+from server_node.compute.worker import ComputeWorker
 from server_node.link import Link, open_link
 from server_node.sessions import Session, SessionTable
 from swarm_protocol.errors import (

@@ -45,6 +45,21 @@ class BlockRunner:
         the tokens before `position` are still there. Raises PositionError, MaxLengthError, InvalidTensorError,
         BlocksNotServedError, and InvalidRequestError for a bad row order.
         """
+        self.begin_step(cache, hidden_states, position, blocks, row_order)
+        return self.run_begun(cache, hidden_states, blocks)
+
+    def begin_step(
+        self,
+        cache: KVCache,
+        hidden_states: torch.Tensor,
+        position: int,
+        blocks: Span,
+        row_order: Sequence[int] | None = None,
+    ) -> None:
+        """Check a step as `run_step` does and bring the cache to where it starts, without running it.
+
+        What follows runs it in one piece or several, or together with other sessions' steps.
+        """
         self._check(hidden_states, blocks)
         if blocks != cache.blocks:
             raise BlocksNotServedError(blocks, cache.blocks)
@@ -60,10 +75,15 @@ class BlockRunner:
             if row_order is not None:
                 cache.reorder(row_order)
             cache.rollback(position)
-            if not num_tokens:
+
+    def run_begun(self, cache: KVCache, hidden_states: torch.Tensor, blocks: Span) -> torch.Tensor:
+        """Return the hidden states after `blocks` of tokens of a step that began; they follow those in the cache."""
+        with torch.inference_mode():
+            if not hidden_states.shape[1]:
                 return hidden_states
-            placed = self._placed(hidden_states)
-            size = self._piece_tokens(batch_size, position + num_tokens)
+            placed = self.placed(hidden_states)
+            batch_size, num_tokens, _ = hidden_states.shape
+            size = self._piece_tokens(batch_size, cache.position + num_tokens)
             outputs: list[torch.Tensor] = [
                 self.module(placed[:, start : start + size], cache=cache, blocks=blocks)
                 for start in range(0, num_tokens, size)
@@ -79,7 +99,7 @@ class BlockRunner:
         batch_size, num_tokens, _ = hidden_states.shape
         if num_tokens > self._piece_tokens(batch_size, num_tokens) and not hidden_states.requires_grad:
             return self.run_step(self.new_cache(batch_size, num_tokens, blocks), hidden_states, 0, blocks)
-        return self.module(self._placed(hidden_states), blocks=blocks)  # type: ignore[no-any-return]
+        return self.module(self.placed(hidden_states), blocks=blocks)  # type: ignore[no-any-return]
 
     def _piece_tokens(self, batch_size: int, num_keys: int) -> int:
         """Return how many tokens per row may go through at once, with `num_keys` tokens to attend to."""
@@ -94,5 +114,6 @@ class BlockRunner:
         if not hidden_states.is_floating_point():
             raise InvalidTensorError(f"hidden states are floating numbers, not {hidden_states.dtype}")
 
-    def _placed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def placed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return `hidden_states` on the device and in the dtype of the blocks."""
         return hidden_states.to(device=self.module.device, dtype=self.module.dtype)

@@ -26,7 +26,48 @@ def kv_bytes_per_token(config: PreTrainedConfig, blocks: Span, dtype: torch.dtyp
     return sum(families.kv_bytes_per_token(config, block, dtype) for block in range(blocks.start, blocks.end))
 
 
-class KVCache(Cache):  # type: ignore[misc]
+class PositionCache(Cache):  # type: ignore[misc]
+    """What transformers asks of a cache whose blocks all hold the same tokens, so that the index never matters."""
+
+    def __init__(self, blocks: Span) -> None:
+        super().__init__(layers=[])
+        self.blocks = blocks
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.position
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.position
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.position + query_length, 0
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.blocks)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self.blocks)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * len(self.blocks)
+
+
+class KVCache(PositionCache):
     """The cache of a session of `batch_size` rows and at most `max_tokens` tokens each, at the same position.
 
     Only the compute thread may use it. Buffers are (batch, heads, capacity, head_dim), allocated at the first step.
@@ -37,18 +78,13 @@ class KVCache(Cache):  # type: ignore[misc]
 
         Raises BlocksNotServedError if the module has not all of them.
         """
-        super().__init__(layers=[])
-        self.blocks = blocks or module.span
+        super().__init__(blocks or module.span)
         if not module.span.contains(self.blocks):
             raise BlocksNotServedError(self.blocks, module.span)
         self._batch_size = batch_size
         self.max_tokens = max_tokens
-        self.position = 0
         self._keys: list[torch.Tensor | None] = [None] * len(self.blocks)
         self._values: list[torch.Tensor | None] = [None] * len(self.blocks)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
 
     @property
     def batch_size(self) -> int:
@@ -116,36 +152,5 @@ class KVCache(Cache):  # type: ignore[misc]
                 if buffer is not None:
                     buffers[index] = buffer.index_select(0, torch.tensor(row_order, device=buffer.device))
 
-    # What transformers asks of a cache. All blocks hold the same tokens, so the index never matters.
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.position
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.position
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.position + query_length, 0
-
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return self.max_tokens
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_initialized(self) -> bool:
-        return True
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [False] * len(self.blocks)
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [False] * len(self.blocks)
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        return [False] * len(self.blocks)

@@ -1,12 +1,13 @@
 """Where the event loop and the thread that owns the device meet.
 
-The loop submits work and awaits the result; one thread does it in the order of submission. Everything that touches
-tensors happens there, from the bytes that arrived to the bytes that leave, so that the loop never computes. Work is
-described, not passed as a closure, so that whoever orders it can see what it is.
+The loop submits work and awaits the result. What waits is in one list that both sides see under a lock; one turn of the
+device thread after another takes what the scheduler chooses from it and runs it, until nothing waits. Everything that
+touches tensors happens there, from the bytes that arrived to the bytes that leave, so that the loop never computes.
 """
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -19,12 +20,14 @@ import torch
 from server_node.compute.block_loader import load_blocks, module_bytes
 from server_node.compute.block_runner import BlockRunner
 from server_node.compute.kv_cache import KVCache, kv_bytes_per_token
-from swarm_protocol.errors import ConfigError, LimitExceededError, SwarmError
-from swarm_protocol.messages import WireTensor
+from server_node.compute.scheduler import BatchLimits
+from server_node.compute.work import AllocateWork, Computed, ForwardWork, StepWork, Work
+from server_node.compute.work_runner import Job, WorkRunner
+from swarm_protocol.errors import ConfigError, LimitExceededError
 from swarm_protocol.model.anatomy import build_empty, find_anatomy
 from swarm_protocol.model.checkpoint import Checkpoint, Progress, open_checkpoint
 from swarm_protocol.spans import Span
-from swarm_protocol.tensors import check_finite, dtype_name, from_wire, to_wire
+from swarm_protocol.tensors import dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -34,46 +37,6 @@ DEVICE_THREAD = "device"
 """What the device thread's name starts with."""
 
 _NO_LIMIT = 1 << 62
-
-
-@dataclass(frozen=True, slots=True)
-class AllocateWork:
-    """Make an empty KV cache for a session."""
-
-    blocks: Span
-    batch_size: int
-    max_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepWork:
-    """Run one step of a session over its cache; as `messages.Step`."""
-
-    cache: KVCache
-    blocks: Span
-    position: int
-    hidden_states: WireTensor
-    row_order: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardWork:
-    """Run whole sequences through some blocks, without a cache."""
-
-    blocks: Span
-    hidden_states: WireTensor
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """The output in the dtype of the input, how long the work waited, and how long it took."""
-
-    hidden_states: WireTensor
-    queue_s: float
-    compute_s: float
-
-
-Work = AllocateWork | StepWork | ForwardWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +60,14 @@ class LoadedSpan:
     free_bytes: int
 
 
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """A job and who waits for it."""
+
+    job: Job
+    waiter: "asyncio.Future[KVCache | Computed]"
+
+
 class ComputeWorker:
     """The device thread of a node, as the event loop sees it.
 
@@ -111,13 +82,21 @@ class ComputeWorker:
         runner: BlockRunner | None = None,
         num_threads: int | None = None,
         max_queued: int = 512,
+        limits: BatchLimits | None = None,
     ) -> None:
         self._executor = executor or ThreadPoolExecutor(
             1, thread_name_prefix=DEVICE_THREAD, initializer=_use_threads, initargs=(num_threads,)
         )
-        self._runner = runner
+        self._limits = limits
+        self._runner = WorkRunner(runner, limits) if runner is not None else None
         self._max_queued = max_queued
         self._num_queued = 0
+        self._num_submitted = 0
+        self._lock = threading.Lock()
+        # Guarded by the lock: what waits or runs, by arrival, and whether somebody is to look at it.
+        self._tickets: dict[int, _Ticket] = {}
+        self._is_turning = False
+        self._turn: asyncio.Future[None] | None = None
 
     async def open_model(
         self, source: str, *, revision: str | None, cache_dir: str | None, device: str, dtype: str
@@ -139,17 +118,96 @@ class ComputeWorker:
         Raises LimitExceededError if too much waits, InvalidTensorError for values that are not finite, and what
         `BlockRunner` raises.
         """
+        if self._runner is None:
+            raise RuntimeError("no blocks are loaded")
         if self._num_queued >= self._max_queued:
             raise LimitExceededError(f"{self._num_queued} steps wait for this node's device, which is the limit")
         self._num_queued += 1
+        self._num_submitted += 1
+        ticket = _Ticket(
+            Job(self._num_submitted, work, time.perf_counter()), asyncio.get_running_loop().create_future()
+        )
         try:
-            return await self._submit(self._do, work, time.perf_counter())
+            self._enqueue(ticket)
+            return await ticket.waiter
         finally:
             self._num_queued -= 1
+            self._withdraw(ticket)
 
     def close(self) -> None:
         """Drop what waits; what runs ends by itself."""
+        with self._lock:
+            dropped = list(self._tickets.values())
+            self._tickets.clear()
+        for ticket in dropped:
+            ticket.job.is_cancelled = True
+            ticket.waiter.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    # the loop's side of the list
+
+    def _enqueue(self, ticket: _Ticket) -> None:
+        with self._lock:
+            self._tickets[ticket.job.arrival] = ticket
+            is_first, self._is_turning = not self._is_turning, True
+        if is_first:
+            # Not before the loop's next turn: steps that are submitted in this one shall run together.
+            ticket.waiter.get_loop().call_soon(self._start_turns)
+
+    def _withdraw(self, ticket: _Ticket) -> None:
+        """Take work out of the list that nobody waits for any more."""
+        with self._lock:
+            ticket.job.is_cancelled = True
+            # Once pieces of it have run, the device thread has to clean up after it.
+            if not ticket.job.num_done:
+                self._tickets.pop(ticket.job.arrival, None)
+
+    def _start_turns(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._turn = loop.run_in_executor(self._executor, self._take_turns)
+        self._turn.add_done_callback(self._turns_ended)
+
+    def _turns_ended(self, turn: "asyncio.Future[None]") -> None:
+        error = None if turn.cancelled() else turn.exception()
+        if error is None:
+            return
+        with self._lock:
+            failed = list(self._tickets.values())
+            self._tickets.clear()
+            self._is_turning = False
+        for ticket in failed:
+            ticket.job.error = error
+        _deliver(failed)
+
+    # the device thread's side
+
+    def _take_turns(self) -> None:
+        """Run what waits until nothing does."""
+        runner = self._runner
+        assert runner is not None
+        while True:
+            with self._lock:
+                tickets = dict(self._tickets)
+                if not tickets:
+                    self._is_turning = False
+                    return
+            dropped = [ticket for ticket in tickets.values() if ticket.job.is_cancelled]
+            batch = runner.next_batch([ticket.job for ticket in tickets.values() if not ticket.job.is_cancelled])
+            chosen = [tickets[arrival] for arrival in batch.arrivals] if batch else []
+            if batch:
+                runner.run([ticket.job for ticket in chosen], batch)
+            self._put_away(runner, dropped, chosen)
+
+    def _put_away(self, runner: WorkRunner, dropped: list[_Ticket], ran: list[_Ticket]) -> None:
+        finished = [ticket for ticket in ran if ticket.job.is_finished]
+        dropped = dropped + [ticket for ticket in ran if ticket.job.is_cancelled and not ticket.job.is_finished]
+        for ticket in dropped:
+            runner.drop(ticket.job)
+        with self._lock:
+            for ticket in (*dropped, *finished):
+                self._tickets.pop(ticket.job.arrival, None)
+        if finished:
+            _tell_loop(finished)
 
     async def _submit(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
@@ -161,7 +219,9 @@ class ComputeWorker:
             )
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ConfigError(f"the blocks {span} do not fit into the memory of {device}: serve fewer") from error
-        self._runner = runner
+        self._runner = WorkRunner(runner, self._limits)
+        # Asked here so that no session waits for the probe.
+        _ = self._runner.batches.joining
         config = runner.module.config
         return LoadedSpan(
             hidden_size=config.hidden_size,
@@ -170,34 +230,24 @@ class ComputeWorker:
             free_bytes=free_memory_bytes(torch.device(device)),
         )
 
-    def _do(self, work: Work, submitted_s: float) -> KVCache | Computed:
-        if self._runner is None:
-            raise RuntimeError("no blocks are loaded")
-        if isinstance(work, AllocateWork):
-            return self._runner.new_cache(work.batch_size, work.max_tokens, work.blocks)
-        started_s = time.perf_counter()
-        with torch.inference_mode():
-            output = self._run_blocks(self._runner, work)
-            output_states = to_wire(output)
-        return Computed(output_states, started_s - submitted_s, time.perf_counter() - started_s)
 
-    @staticmethod
-    def _run_blocks(runner: BlockRunner, work: StepWork | ForwardWork) -> torch.Tensor:
-        received = from_wire(work.hidden_states)
-        # After the conversion: a float32 may be finite and still too large for float16.
-        hidden_states = received.to(device=runner.module.device, dtype=runner.module.dtype)
-        check_finite(hidden_states)
-        if isinstance(work, ForwardWork):
-            return runner.forward(hidden_states, work.blocks).to(received.dtype)
-        try:
-            output = runner.run_step(work.cache, hidden_states, work.position, work.blocks, work.row_order)
-        except SwarmError:
-            raise
-        except BaseException:
-            # The tokens before the step are untouched (see `BlockRunner.run_step`): forget only what it wrote.
-            work.cache.rollback(min(work.position, work.cache.position))
-            raise
-        return output.to(received.dtype)
+def _tell_loop(finished: list[_Ticket]) -> None:
+    """Hand results to the loop in one go, so that the sessions' next steps come together, too."""
+    try:
+        finished[0].waiter.get_loop().call_soon_threadsafe(_deliver, finished)
+    except RuntimeError:
+        logger.debug("the loop ended before %d results came", len(finished))
+
+
+def _deliver(finished: list[_Ticket]) -> None:
+    for ticket in finished:
+        job, waiter = ticket.job, ticket.waiter
+        if waiter.done():
+            continue
+        if job.error is not None:
+            waiter.set_exception(job.error)
+        elif job.result is not None:
+            waiter.set_result(job.result)
 
 
 def _open_model(source: str, revision: str | None, cache_dir: str | None, device: str, dtype: str) -> OpenedModel:

@@ -16,7 +16,8 @@ import torch
 from server_node.admission import ServedSpan
 from server_node.announcer import Announcer
 from server_node.compute.block_runner import BlockRunner
-from server_node.compute.worker import ComputeWorker, Work
+from server_node.compute.work import Work
+from server_node.compute.worker import ComputeWorker
 from server_node.config import NodeLimits
 from server_node.node import Node
 from swarm_protocol.errors import StreamLostError

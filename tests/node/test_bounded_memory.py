@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server_node.compute.worker import Work
+from server_node.compute.work import Work
 from server_node.link import Link, open_link
 from swarm_protocol.errors import StreamLostError
 from swarm_protocol.messages import COMPUTE_PROTOCOL, Message, Pong

@@ -15,7 +15,8 @@ import torch
 from server_node.admission import ServedSpan
 from server_node.announcer import Announcer
 from server_node.compute.block_runner import BlockRunner
-from server_node.compute.worker import ComputeWorker, StepWork, Work
+from server_node.compute.work import StepWork, Work
+from server_node.compute.worker import ComputeWorker
 from server_node.config import NodeLimits
 from server_node.node import Node
 from swarm_client.config import ClientConfig

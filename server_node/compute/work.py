@@ -1,0 +1,53 @@
+"""What the event loop may ask of the device, and what comes back.
+
+Work is described, not passed as a closure, so that the scheduler can see what it is.
+"""
+
+from dataclasses import dataclass
+
+from server_node.compute.kv_cache import KVCache
+from swarm_protocol.messages import WireTensor
+from swarm_protocol.spans import Span
+
+
+@dataclass(frozen=True, slots=True)
+class AllocateWork:
+    """Make an empty KV cache for a session."""
+
+    blocks: Span
+    batch_size: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """Run one step of a session over its cache; as `messages.Step`."""
+
+    cache: KVCache
+    blocks: Span
+    position: int
+    hidden_states: WireTensor
+    row_order: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardWork:
+    """Run whole sequences through some blocks, without a cache."""
+
+    blocks: Span
+    hidden_states: WireTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """The output in the dtype of the input, how long the work waited, and how long it took.
+
+    Both count from when the work was submitted, `compute_s` the forwards that it was part of.
+    """
+
+    hidden_states: WireTensor
+    queue_s: float
+    compute_s: float
+
+
+Work = AllocateWork | StepWork | ForwardWork

@@ -1,0 +1,193 @@
+"""Run what the scheduler chose: batches of decode steps, and prefills and forwards piece by piece."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from server_node.compute.batch_runner import BatchRunner, DecodeStep
+from server_node.compute.block_runner import BlockRunner
+from server_node.compute.kv_cache import KVCache
+from server_node.compute.scheduler import Batch, BatchLimits, Kind, Scheduler, Waiting
+from server_node.compute.work import AllocateWork, Computed, ForwardWork, StepWork, Work
+from swarm_protocol.spans import Span
+from swarm_protocol.tensors import check_finite, from_wire, to_wire
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Work on its way. `num_done` counts the tokens of a step, or the blocks of a forward, that are through.
+
+    `has_begun` says that a prefill was not refused and may have written to its cache.
+
+    It is finished when it has a `result` or an `error`. Only the compute thread changes it, but for `is_cancelled`.
+    """
+
+    arrival: int
+    work: Work
+    submitted_s: float
+    is_cancelled: bool = False
+    num_done: int = 0
+    has_begun: bool = False
+    compute_s: float = 0.0
+    states: torch.Tensor | None = None
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    result: KVCache | Computed | None = None
+    error: BaseException | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.result is not None or self.error is not None
+
+
+class WorkRunner:
+    """Chooses among jobs and runs them on one span. Only the compute thread may use it."""
+
+    def __init__(self, runner: BlockRunner, limits: BatchLimits | None = None) -> None:
+        self._runner = runner
+        self._scheduler = Scheduler(limits)
+        self.batches = BatchRunner(runner)
+
+    def next_batch(self, jobs: Sequence[Job]) -> Batch | None:
+        """Return what to run next of `jobs`, which are in order of arrival; None if there are none."""
+        num_decodes = sum(_kind(job.work) is Kind.DECODE for job in jobs)
+        return self._scheduler.next_batch([self._describe(job, num_decodes > 1) for job in jobs])
+
+    def run(self, jobs: Sequence[Job], batch: Batch) -> None:
+        """Run the jobs of a batch. Each of them is finished then, or there is more of it to run."""
+        started_s = time.perf_counter()
+        with torch.inference_mode():
+            if batch.kind is Kind.DECODE:
+                self._run_decodes(jobs)
+            else:
+                self._run_piece(jobs[0], batch.amount)
+        taken_s = time.perf_counter() - started_s
+        for job in jobs:
+            job.compute_s += taken_s
+            if job.outputs and job.error is None and not self._is_more(job):
+                _conclude(job)
+
+    def drop(self, job: Job) -> None:
+        """Forget what a prefill that nobody waits for any more has written to its cache."""
+        if isinstance(job.work, StepWork) and job.has_begun:
+            _forget(job.work)
+
+    def _describe(self, job: Job, with_group: bool) -> Waiting:
+        work, kind = job.work, _kind(job.work)
+        if isinstance(work, AllocateWork):
+            return Waiting(job.arrival, kind)
+        num_rows, num_tokens, _ = work.hidden_states.shape
+        if isinstance(work, ForwardWork):
+            num_blocks = len(work.blocks) - job.num_done
+            return Waiting(job.arrival, kind, num_rows=num_rows, num_tokens=num_tokens, num_blocks=num_blocks)
+        # The group of a single step does not matter, and finding it out may cost a probe.
+        is_grouped = with_group and kind is Kind.DECODE
+        group = self.batches.group(work.cache, work.blocks, work.position) if is_grouped else None
+        left = num_tokens - job.num_done
+        return Waiting(job.arrival, kind, id(work.cache), group, num_rows, left, work.position)
+
+    # decode steps
+
+    def _run_decodes(self, jobs: Sequence[Job]) -> None:
+        ready = [job for job in jobs if self._receive(job)]
+        results = self.batches.run([_decode_step(job) for job in ready])
+        for job, result in zip(ready, results, strict=True):
+            if isinstance(result, Exception):
+                self._fail(job, result)
+            else:
+                job.num_done += result.shape[1]
+                job.outputs.append(result)
+
+    # pieces
+
+    def _run_piece(self, job: Job, amount: int) -> None:
+        try:
+            work = job.work
+            if isinstance(work, AllocateWork):
+                job.result = self._runner.new_cache(work.batch_size, work.max_tokens, work.blocks)
+            elif job.states is None and not self._receive(job):
+                return
+            elif isinstance(work, ForwardWork):
+                self._run_forward(job, work, amount)
+            else:
+                self._run_prefill(job, work, amount)
+        except Exception as error:
+            self._fail(job, error)
+
+    def _run_prefill(self, job: Job, work: StepWork, num_tokens: int) -> None:
+        assert job.states is not None
+        if not job.num_done:
+            self._runner.begin_step(work.cache, job.states, work.position, work.blocks, work.row_order)
+            job.has_begun = True
+        chunk = job.states[:, job.num_done : job.num_done + num_tokens]
+        job.outputs.append(self._runner.run_begun(work.cache, chunk, work.blocks))
+        job.num_done += num_tokens
+
+    def _run_forward(self, job: Job, work: ForwardWork, num_blocks: int) -> None:
+        assert job.states is not None
+        start = work.blocks.start + job.num_done
+        job.states = self._runner.forward(job.states, Span(start, start + num_blocks))
+        job.outputs = [job.states]
+        job.num_done += num_blocks
+
+    @staticmethod
+    def _is_more(job: Job) -> bool:
+        work = job.work
+        assert not isinstance(work, AllocateWork)
+        all_of_it = len(work.blocks) if isinstance(work, ForwardWork) else work.hidden_states.shape[1]
+        return job.num_done < all_of_it
+
+    def _receive(self, job: Job) -> bool:
+        """Bring a job's hidden states to the device; return whether they are fit to be computed with."""
+        assert not isinstance(job.work, AllocateWork)
+        try:
+            # After the conversion: a float32 may be finite and still too large for float16.
+            job.states = self._runner.placed(from_wire(job.work.hidden_states))
+            check_finite(job.states)
+        except Exception as error:
+            job.error = error
+            return False
+        return True
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        # The tokens before the step are untouched: forget only what it wrote. A step that was refused wrote nothing.
+        self.drop(job)
+        job.error = error
+
+
+def _kind(work: Work) -> Kind:
+    if isinstance(work, AllocateWork):
+        return Kind.ALLOCATE
+    if isinstance(work, ForwardWork):
+        return Kind.FORWARD
+    return Kind.DECODE if work.hidden_states.shape[1] <= 1 else Kind.PREFILL
+
+
+def _decode_step(job: Job) -> DecodeStep:
+    work = job.work
+    assert isinstance(work, StepWork)
+    assert job.states is not None
+    return DecodeStep(work.cache, job.states, work.position, work.blocks, work.row_order)
+
+
+def _forget(work: StepWork) -> None:
+    work.cache.rollback(min(work.position, work.cache.position))
+
+
+def _conclude(job: Job) -> None:
+    assert not isinstance(job.work, AllocateWork)
+    started_s = time.perf_counter()
+    try:
+        output = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs, dim=1)
+        dtype: torch.dtype = getattr(torch, job.work.hidden_states.dtype)
+        states = to_wire(output.to(dtype))
+    except Exception as error:
+        if isinstance(job.work, StepWork):
+            _forget(job.work)
+        job.error = error
+        return
+    ended_s = time.perf_counter()
+    job.compute_s += ended_s - started_s
+    # Clocks may differ in their last digit from the sum of what they measured.
+    job.result = Computed(states, max(0.0, ended_s - job.submitted_s - job.compute_s), job.compute_s)
