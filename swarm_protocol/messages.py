@@ -21,7 +21,7 @@ from typing import Annotated, ClassVar
 from msgspec import Meta
 
 from swarm_protocol.errors import InvalidTensorError, SwarmError
-from swarm_protocol.ids import ID_BYTES, PeerId
+from swarm_protocol.ids import ID_BYTES
 from swarm_protocol.spans import Span
 from swarm_protocol.transport.base import Buffer
 
@@ -266,8 +266,3 @@ MESSAGE_TYPES: tuple[type[Message], ...] = Message.__args__
 def error_reply(error: SwarmError, step_id: int | None = None) -> ErrorReply:
     """Return the message that carries `error` to the other side."""
     return ErrorReply(error.code[:64], str(error)[:1000], error.retryable, step_id)
-
-
-def downstream_peer(message: OpenSession, sender: PeerId) -> PeerId:
-    """Return the peer that outputs of the session go to."""
-    return PeerId(message.downstream) if message.downstream is not None else sender
