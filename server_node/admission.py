@@ -1,15 +1,16 @@
 """Pure: who may do what at this node, and what it reserves for them.
 
 KV cache is counted in token-blocks, one token in one block: a session over `n` of the span's blocks for `b` rows of `t`
-tokens takes `n * b * t` of them from when it is admitted to when it is released. The ledger performs no I/O; its owner
-releases what it was given, on every way out.
+tokens takes `n * b * t` of them from when it is admitted to when it is released. Sessions open small and are extended
+as they grow; so that they can, new ones are refused while little is left, and one peer never gets all of it. The ledger
+performs no I/O; its owner releases what it was given, on every way out.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server_node.config import NodeLimits
 from swarm_protocol.errors import (
@@ -75,9 +76,10 @@ class Admission:
         self.served = served
         self.limits = limits
         self.is_draining = False
-        self.free_token_blocks = served.cache_tokens * len(served.span)
+        self.free_token_blocks = self._all_token_blocks
         self.num_queued = 0
         self._sessions: Counter[PeerId] = Counter()
+        self._reserved: Counter[PeerId] = Counter()
         self._streams: Counter[PeerId] = Counter()
         self._queued: Counter[PeerId] = Counter()
         self._held_bytes: Counter[PeerId] = Counter()
@@ -86,6 +88,11 @@ class Admission:
     def free_tokens(self) -> int:
         """Tokens that still fit into every block of the span."""
         return self.free_token_blocks // len(self.served.span)
+
+    @property
+    def tokens_for_new_sessions(self) -> int:
+        """The same, less what is kept for the open ones to grow into."""
+        return max(0, self.free_token_blocks - self._headroom) // len(self.served.span)
 
     @property
     def num_sessions(self) -> int:
@@ -101,9 +108,12 @@ class Admission:
         return max(1, min(self.limits.max_step_tokens, self.limits.max_payload_bytes // self._bytes_of_tokens(1)))
 
     def payload_bytes(self, plan: SessionPlan | None = None) -> int:
-        """Return the largest payload to let in: of a session never more than the tokens that it reserved."""
+        """Return the largest payload to let in: of a session never more tokens than the whole cache could hold."""
         tokens = self.max_step_tokens
-        return self._bytes_of_tokens(tokens if plan is None else min(tokens, plan.batch_size * plan.max_tokens))
+        if plan is not None:
+            cacheable = self._all_token_blocks // len(plan.blocks)
+            tokens = min(tokens, max(cacheable, plan.batch_size * plan.max_tokens))
+        return self._bytes_of_tokens(tokens)
 
     def admit(self, request: OpenSession, peer_id: PeerId) -> SessionPlan:
         """Reserve what `request` asks for. Raises SwarmError, and then nothing is reserved."""
@@ -121,16 +131,46 @@ class Admission:
         if self.num_sessions >= self.limits.max_sessions:
             raise LimitExceededError(f"{self.num_sessions} sessions are open here, which is the limit")
         plan = SessionPlan(request.session_id, peer_id, max(versions), blocks, request.batch_size, request.max_tokens)
-        if plan.token_blocks > self.free_token_blocks:
-            raise CacheFullError(request.batch_size * request.max_tokens, self.free_token_blocks // len(blocks))
-        self.free_token_blocks -= plan.token_blocks
+        self._reserve(plan, plan.max_tokens, self._headroom)
         self._sessions[peer_id] += 1
         return plan
 
+    def extend(self, plan: SessionPlan, max_tokens: int) -> SessionPlan:
+        """Return `plan` with `max_tokens` tokens per row reserved, if those are more.
+
+        Raises CacheFullError, and then nothing has changed.
+        """
+        more = max_tokens - plan.max_tokens
+        if more <= 0:
+            return plan
+        self._reserve(plan, more, 0)
+        return replace(plan, max_tokens=max_tokens)
+
     def release(self, plan: SessionPlan) -> None:
-        """Give back what `admit` reserved; once for each plan."""
+        """Give back what `admit` and `extend` reserved; once for each session."""
         self.free_token_blocks += plan.token_blocks
+        _take(self._reserved, plan.peer_id, plan.token_blocks)
         _take(self._sessions, plan.peer_id)
+
+    @property
+    def _headroom(self) -> int:
+        """Token-blocks that are kept for open sessions to grow into."""
+        return int(self.limits.headroom_share * self._all_token_blocks) if self.num_sessions else 0
+
+    @property
+    def _all_token_blocks(self) -> int:
+        return self.served.cache_tokens * len(self.served.span)
+
+    def _reserve(self, plan: SessionPlan, num_tokens: int, kept_back: int) -> None:
+        """Reserve `num_tokens` more tokens per row and leave `kept_back` token-blocks free. Raises CacheFullError."""
+        of_one_token = len(plan.blocks) * plan.batch_size
+        share, free = self.limits.max_cache_share_per_peer, self.free_token_blocks - kept_back
+        if share < 1.0:
+            free = min(free, int(share * self._all_token_blocks) - self._reserved[plan.peer_id])
+        if num_tokens * of_one_token > free:
+            raise CacheFullError(num_tokens * plan.batch_size, max(0, free) // len(plan.blocks))
+        self.free_token_blocks -= num_tokens * of_one_token
+        self._reserved[plan.peer_id] += num_tokens * of_one_token
 
     @contextmanager
     def stream(self, peer_id: PeerId) -> Iterator[None]:

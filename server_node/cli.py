@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from server_node.config import ComputeChoice, ModelChoice, NodeConfig
+from server_node.config import ComputeChoice, ModelChoice, NodeConfig, NodeLimits
 from swarm_protocol.errors import SwarmError
 from swarm_protocol.spans import Span
 from swarm_protocol.transport.network_config import NetworkConfig
@@ -196,8 +196,10 @@ def _node_config(arguments: argparse.Namespace) -> NodeConfig:
             dtype=arguments.dtype,
             threads=arguments.threads,
             cache_tokens=arguments.cache_tokens,
+            prefix_tokens=arguments.prefix_tokens,
         ),
         network=_network_config(arguments),
+        limits=NodeLimits(max_cache_share_per_peer=arguments.peer_cache_share),
         name=arguments.name,
     )
 
@@ -235,6 +237,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--cache-tokens", type=_positive, metavar="N", help="KV cache in tokens; default: half of the free memory"
     )
+    run.add_argument(
+        "--prefix-tokens", type=_count, metavar="N",
+        help="tokens of prompts to keep for later sessions; default: an eighth of the cache, 0 keeps none",
+    )  # fmt: skip
+    run.add_argument(
+        "--peer-cache-share", type=_share, default=NodeLimits().max_cache_share_per_peer, metavar="X",
+        help="how much of the cache one peer may take; default: %(default)s, 1 in a swarm of one's own",
+    )  # fmt: skip
     run.add_argument("--name", default="", type=_name, help=f"shown to people, at most {MAX_NAME_CHARS} characters")
     bootstrap = commands.add_parser("bootstrap", help="be a first peer that others join at")
     for command in (run, bootstrap):
@@ -271,6 +281,20 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"a whole number above 0 is needed, not {text!r}")
     return int(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0.0 < share <= 1.0:
+        raise argparse.ArgumentTypeError(f"a share above 0 and up to 1 is needed, not {text!r}")
+    return share
 
 
 def _port(text: str) -> int:

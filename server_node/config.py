@@ -29,13 +29,15 @@ class ComputeChoice:
     elsewhere. `threads` None leaves torch's choice, one per core; several nodes on one machine should have one each,
     since their threads take the cores from each other (40 to 60 % of throughput). `cache_tokens` is the KV cache in
     tokens per block over the whole span; None takes half of the memory that is free once the weights are loaded: the
-    rest is for activations and for whatever else runs on a volunteer's machine.
+    rest is for activations and for whatever else runs on a volunteer's machine. `prefix_tokens` are kept besides, of
+    prompts that sessions may share; None is an eighth of the cache; 0 keeps none.
     """
 
     device: str = "cpu"
     dtype: str = "auto"
     threads: int | None = None
     cache_tokens: int | None = None
+    prefix_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,11 @@ class NodeLimits:
     """Rows times tokens of one step: what the device thread does before the next one gets its turn."""
     max_payload_bytes: int = 64 * 1024 * 1024
     """Of one message, whatever `max_step_tokens` says: 1,024 tokens of BLOOM-176B in float32."""
+    max_cache_share_per_peer: float = 0.75
+    """Of the KV cache; the rest is there for others, whoever comes first. 1.0 for a swarm of one's own."""
+    headroom_share: float = 0.125
+    """Of the KV cache; no new session takes it while others are open, so that those can grow: an answer that is cut off
+    costs its reader more than a session that opens elsewhere."""
     max_queued_per_peer: int = 128
     """Steps and forward passes that wait or run; as many as sessions, since each has one step at a time."""
     max_queued: int = 512

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 
-from server_node.admission import Admission
+from server_node.admission import Admission, SessionPlan
 from server_node.compute.work import AllocateWork, ForwardWork, StepWork
 from server_node.compute.worker import ComputeWorker
 from server_node.link import Link, open_link
@@ -180,14 +180,15 @@ class NodeHandlers:
         session = self._sessions.add(self._admission.admit(request, link.peer_id))
         plan = session.plan
         try:
-            cache = await self._worker.run(AllocateWork(plan.blocks, plan.batch_size, plan.max_tokens))
+            cache = await self._worker.run(_allocation(request, plan))
         except BaseException as error:
             self._sessions.close(session)
             if isinstance(error, Exception) and not isinstance(error, SwarmError):
                 raise _internal(error, f"bug while a session was opened {session}") from error
             raise
         self._sessions.opened(session, cache, link)
-        link.post(SessionOpened(plan.version, session.resume_token, self._admission.limits.resume_grace_s))
+        grace_s = self._admission.limits.resume_grace_s
+        link.post(SessionOpened(plan.version, session.resume_token, grace_s, session.state.position))
         return session
 
     async def _next_message(self, session: Session, link: Link) -> Message | None:
@@ -215,7 +216,7 @@ class NodeHandlers:
                 raise UnexpectedMessageError(f"{type(message).__name__} has no place in an open session")
 
     def _on_step(self, session: Session, link: Link, step: Step) -> None:
-        problem = self._admission.step_problem(step, session.plan)
+        problem = self._admission.step_problem(step, session.plan) or self._refused_extension(session, step)
         num_tokens = 0 if problem else step.hidden_states.shape[1]
         try:
             begun = session.begin_step(step.step_id, step.position, num_tokens, _now_s())
@@ -242,13 +243,30 @@ class NodeHandlers:
         self._steps.add(task)
         task.add_done_callback(self._steps.discard)
 
+    def _refused_extension(self, session: Session, step: Step) -> SwarmError | None:
+        """Extend a session as a new step wishes; return why that cannot be."""
+        if step.max_tokens is None or not session.state.is_next(step.step_id):
+            return None
+        try:
+            self._sessions.extend(session, step.max_tokens)
+        except SwarmError as error:
+            return error
+        return None
+
     async def _run_step(self, session: Session, step: Step) -> None:
         """Run a step and answer it, on whatever stream the session is by then."""
         reply: StepReply | ErrorReply
         is_broken = False
         try:
             output = await self._worker.run(
-                StepWork(session.cache, session.plan.blocks, step.position, step.hidden_states, step.row_order)
+                StepWork(
+                    session.cache,
+                    session.plan.blocks,
+                    step.position,
+                    step.hidden_states,
+                    step.row_order,
+                    session.plan.max_tokens,
+                )
             )
             reply = StepReply(step.step_id, output.hidden_states, output.queue_s, output.compute_s)
             logger.debug("step %d of %s in %.4f s %s", step.step_id, output.hidden_states, output.compute_s, session)
@@ -301,6 +319,12 @@ class NodeHandlers:
             bug = _internal(error, f"bug in a forward pass peer={short_peer(link.peer_id)}")
             return error_reply(bug, request.request_id)
         return ForwardReply(request.request_id, output.hidden_states)
+
+
+def _allocation(request: OpenSession, plan: SessionPlan) -> AllocateWork:
+    # A prefix says what the tokens of one row will be.
+    prefix = request.prefix if plan.batch_size == 1 else ()
+    return AllocateWork(plan.blocks, plan.batch_size, plan.max_tokens, plan.peer_id, prefix)
 
 
 def _internal(error: Exception, what: str) -> InternalError:

@@ -120,7 +120,7 @@ class Node:
             handlers = NodeHandlers(self.admission, self.sessions, self._worker, group)
             await self._transport.serve(SESSION_PROTOCOL, handlers.serve_session)
             await self._transport.serve(COMPUTE_PROTOCOL, handlers.serve_compute)
-            self._announcer.serving(self.admission.served.cache_tokens, lambda: self.admission.free_tokens)
+            self._announcer.serving(self.admission.served.cache_tokens, lambda: self.admission.tokens_for_new_sessions)
             await self._announcer.announce("online")
             on_online()
             await stopped_or_lost(stop, self._transport)
@@ -230,6 +230,19 @@ def cache_tokens_to_reserve(asked: int | None, loaded: LoadedSpan) -> int:
     return tokens
 
 
+def prefix_tokens_to_keep(asked: int | None, cache_tokens: int, loaded: LoadedSpan) -> int:
+    """Return the tokens of prefixes to keep besides the KV cache; by default an eighth of it, as far as that fits.
+
+    Raises ConfigError if what is asked for does not fit.
+    """
+    room = loaded.free_bytes // max(1, loaded.kv_bytes_per_token) - cache_tokens
+    if asked is None:
+        return min(cache_tokens // 8, room)
+    if asked > room:
+        raise ConfigError(f"{asked} tokens of prefixes do not fit besides the KV cache, {room} would: --prefix-tokens")
+    return asked
+
+
 def best_address(addresses: Sequence[str]) -> str:
     """Return the address to show to others: one that works beyond this machine, where there is one."""
     if not addresses:
@@ -242,13 +255,16 @@ async def _load(
     config: NodeConfig, worker: ComputeWorker, model: OpenedModel, span: Span, progress: Progress
 ) -> ServedSpan:
     loaded = await worker.load(model, span, config.compute.device, progress)
+    cache_tokens = cache_tokens_to_reserve(config.compute.cache_tokens, loaded)
+    prefix_tokens = prefix_tokens_to_keep(config.compute.prefix_tokens, cache_tokens, loaded)
+    worker.keep_prefixes(prefix_tokens * loaded.kv_bytes_per_token)
     return ServedSpan(
         model=model.checkpoint.name,
         revision=model.checkpoint.revision,
         span=span,
         hidden_size=loaded.hidden_size,
         dtype=loaded.dtype,
-        cache_tokens=cache_tokens_to_reserve(config.compute.cache_tokens, loaded),
+        cache_tokens=cache_tokens,
     )
 
 

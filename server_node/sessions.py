@@ -117,12 +117,20 @@ class SessionTable:
         return session
 
     def opened(self, session: Session, cache: KVCache, link: Link) -> None:
-        """The cache is allocated; the session lives on `link` from now on."""
+        """The cache is allocated, with what is known of the prefix; the session lives on `link` from now on."""
         session.keep(cache)
         session.link = link
-        session.state.opened()
+        session.state.opened(cache.position)
         session.active_s = _now_s()
-        logger.info("session opened for %d×%d tokens %s", session.plan.batch_size, session.plan.max_tokens, session)
+        plan = session.plan
+        logger.info(
+            "session opened for %d×%d tokens, %d cached %s", plan.batch_size, plan.max_tokens, cache.position, session
+        )
+
+    def extend(self, session: Session, max_tokens: int) -> None:
+        """Reserve `max_tokens` tokens per row for a session. Raises CacheFullError, and then nothing has changed."""
+        session.plan = self._admission.extend(session.plan, max_tokens)
+        session.state.extended(session.plan.max_tokens)
 
     async def resume(self, request: ResumeSession, link: Link) -> Session:
         """Move a session to `link` and send there what its peer lacks; the stream it was on, if any, is ended.

@@ -20,6 +20,9 @@ class ClientConfig:
     view_age_s      how old the view of the swarm may be when a session is opened; records are refreshed every 10 s
     avoid_s         how long a node that failed is not chosen again; longer than a record outlives its node
     route_attempts  how many routes are tried when nodes refuse or cannot be reached
+    reserve_tokens  how many tokens a session reserves ahead of those that it has, or a quarter of them if that is more;
+                    less reserves more often, which costs nothing but finds a node full in the middle of an answer
+    reuse_prefixes  whether nodes may keep what they computed of a prompt for this client's later sessions
     step_tokens     most tokens (rows x columns) in one step; longer inputs are cut, so that no frame gets too large
     """
 
@@ -34,5 +37,7 @@ class ClientConfig:
     view_age_s: float = 5.0
     avoid_s: float = 45.0
     route_attempts: int = 3
+    reserve_tokens: int = 256
+    reuse_prefixes: bool = True
     step_tokens: int = 512
     blocked_peers: frozenset[PeerId] = field(default_factory=frozenset)

@@ -15,6 +15,7 @@ import torch
 
 from swarm_client.config import ClientConfig
 from swarm_client.loop_thread import LoopThread
+from swarm_client.prefix_hashes import TokenPrefix
 from swarm_client.swarm_session import HopTiming, StepResult, SwarmSession
 from swarm_protocol.errors import (
     CancelledStepError,
@@ -24,7 +25,7 @@ from swarm_protocol.errors import (
     SwarmError,
 )
 from swarm_protocol.messages import MAX_BATCH_ROWS
-from swarm_protocol.tensors import check_finite, from_wire, to_wire
+from swarm_protocol.tensors import check_finite, dtype_name, from_wire, to_wire
 
 T = TypeVar("T")
 
@@ -143,7 +144,7 @@ class InferenceSession:
         if self._position + columns > self.max_length:
             raise MaxLengthError(self._position, columns, self.max_length)
         with self.cancellable():
-            self._prepare(hidden_states.shape[0], padding)
+            self._prepare(hidden_states.shape[0], padding, columns)
             outputs = self._step_chunks(hidden_states)
         depth = min(len(parts) for parts in outputs)
         spans = [torch.cat(parts, dim=1) for parts in zip(*(parts[-depth:] for parts in outputs), strict=True)]
@@ -151,6 +152,18 @@ class InferenceSession:
         is_every_span = len(spans) == len(self._groups[0].session.route)
         self.span_outputs = tuple(spans) if with_span_outputs and is_every_span else ()
         return spans[-1]
+
+    def start_with(self, token_ids: Sequence[int], dtype: torch.dtype) -> None:
+        """Open the session for one row that will begin with these tokens, in hidden states of `dtype`.
+
+        What nodes still have of them from earlier sessions of this client is cached at once: `position` says how many
+        tokens that are. Nothing happens if the session is open. Raises SwarmError.
+        """
+        self._check_open()
+        if self._batch_size is not None or not self._config.reuse_prefixes:
+            return
+        with self.cancellable():
+            self._position = self._open(1, (0,), len(token_ids) + 1, TokenPrefix(tuple(token_ids), dtype_name(dtype)))
 
     def cancel(self) -> None:
         """Let a step that runs in another thread end now with CancelledStepError; the session stays usable."""
@@ -222,19 +235,20 @@ class InferenceSession:
         if self._is_closed:
             raise SessionClosedError("the session is closed; open a new one")
 
-    def _prepare(self, rows: int, padding: Sequence[int] | None) -> None:
+    def _prepare(self, rows: int, padding: Sequence[int] | None, columns: int) -> None:
         """Open the session for these rows, or see that they are those that it has."""
         has_other_padding = padding is not None and any(padding) and tuple(padding) != self._padding
         if self._batch_size is not None and self._position == 0 and (rows != self._batch_size or has_other_padding):
             self.reset()
         if self._batch_size is None:
-            self._open(rows, tuple(padding or (0,) * rows))
+            self._open(rows, tuple(padding or (0,) * rows), columns)
         elif rows != self._batch_size:
             raise InvalidRequestError(f"the session has {self._batch_size} rows, this step has {rows}")
         elif has_other_padding:
             raise InvalidRequestError("padding is only possible at the very beginning of a session")
 
-    def _open(self, rows: int, padding: tuple[int, ...]) -> None:
+    def _open(self, rows: int, padding: tuple[int, ...], columns: int, prefix: TokenPrefix | None = None) -> int:
+        """Open the groups for `columns` columns at first; return how many of the first are cached already."""
         if len(padding) != rows:
             raise InvalidRequestError(f"padding for {len(padding)} rows, the step has {rows}")
         groups = [
@@ -245,8 +259,13 @@ class InferenceSession:
             )
             for width in sorted(set(padding))
         ]
-        self._run(lambda: _open_together([group.session for group in groups]))
+        cached = self._run(
+            lambda: _open_together(
+                [group.session for group in groups], [group.position(columns) for group in groups], prefix
+            )
+        )
         self._groups, self._batch_size, self._padding = groups, rows, padding
+        return min(cached)
 
     def _close_groups(self) -> None:
         groups, self._groups = self._groups, []
@@ -352,9 +371,14 @@ async def _all(jobs: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
     return done
 
 
-async def _open_together(sessions: Sequence[SwarmSession]) -> None:
+async def _open_together(
+    sessions: Sequence[SwarmSession], num_tokens: Sequence[int], prefix: TokenPrefix | None
+) -> list[int]:
+    opening = [
+        partial(session.open, max(1, count), prefix) for session, count in zip(sessions, num_tokens, strict=True)
+    ]
     try:
-        await _all([session.open for session in sessions])
+        return await _all(opening)
     except BaseException:
         await _close_together(sessions)
         raise

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from swarm_client.routing.find_route import Hop, ModelKey
 from swarm_protocol.errors import (
+    CacheFullError,
     InvalidTensorError,
     PeerUnreachableError,
     ProtocolError,
@@ -20,6 +21,7 @@ from swarm_protocol.errors import (
 )
 from swarm_protocol.ids import short_id, short_peer
 from swarm_protocol.messages import (
+    PAGE_TOKENS,
     PROTOCOL_VERSIONS,
     SESSION_PROTOCOL,
     CloseSession,
@@ -45,11 +47,18 @@ RESUME_PAUSE_S = 0.3
 
 @dataclass(frozen=True, slots=True)
 class HopLimits:
-    """Deadlines of one hop, as in `ClientConfig`."""
+    """Deadlines of one hop, and how far ahead it reserves, as in `ClientConfig`."""
 
     open_s: float
     step_s: float
     resume_s: float
+    reserve_tokens: int
+
+
+def tokens_to_reserve(num_tokens: int, ahead: int, max_length: int) -> int:
+    """Return the reservation for a session of `num_tokens` tokens that may grow to `max_length`: whole pages."""
+    wanted = num_tokens + max(ahead, num_tokens // 4)
+    return min(max_length, -(-wanted // PAGE_TOKENS) * PAGE_TOKENS)
 
 
 class MessageStream:
@@ -88,9 +97,13 @@ class SpanStream:
         self._stream: MessageStream | None = None
         self._resume_token = b""
         self._unanswered: Step | None = None
+        self._reserved_tokens = 0
 
-    async def open(self, model: ModelKey, batch_size: int) -> None:
-        """Reserve the session at the node. Raises SwarmError: what the node answered, or why it cannot be reached."""
+    async def open(self, model: ModelKey, batch_size: int, reserve_tokens: int, prefix: tuple[bytes, ...] = ()) -> int:
+        """Reserve the session at the node; return how many tokens of `prefix`, hashes of pages, are cached there.
+
+        Raises SwarmError: what the node answered, or why it cannot be reached.
+        """
         request = OpenSession(
             self._session_id,
             PROTOCOL_VERSIONS,
@@ -99,7 +112,8 @@ class SpanStream:
             self.hop.span.start,
             self.hop.span.end,
             batch_size,
-            self._state.max_length,
+            reserve_tokens,
+            prefix=prefix,
         )
         async with self._deadline(self._limits.open_s, "opening a session"):
             reply = await self._ask(request)
@@ -107,8 +121,12 @@ class SpanStream:
             raise UnexpectedMessageError(f"{type(reply).__name__} came, SessionOpened was expected")
         if reply.version not in PROTOCOL_VERSIONS:
             raise UnsupportedVersionError([reply.version], PROTOCOL_VERSIONS)
+        if reply.cached_tokens > min(len(prefix) * PAGE_TOKENS, reserve_tokens):
+            raise UnexpectedMessageError(f"{reply.cached_tokens} tokens are said to be cached, fewer were named")
         self._resume_token = reply.resume_token
-        self._state.opened()
+        self._reserved_tokens = reserve_tokens
+        self._state.opened(reply.cached_tokens)
+        return reply.cached_tokens
 
     async def step(
         self, hidden_states: WireTensor, position: int, row_order: tuple[int, ...] | None = None
@@ -116,7 +134,8 @@ class SpanStream:
         """Return the node's reply to one step.
 
         A dropped stream is resumed on the way. After a cancelled step the next one first waits for the old reply.
-        Raises SwarmError; a retryable one leaves the session usable only if this hop is replaced.
+        Where the reservation is too small, the step extends it. Raises SwarmError; a retryable one leaves the session
+        usable only if this hop is replaced.
         """
         if self._unanswered is not None:
             try:
@@ -124,7 +143,21 @@ class SpanStream:
             except SwarmError:
                 if self._unanswered is not None:
                     raise
-        step = Step(self._state.last_begun + 1, position, hidden_states, row_order)
+        needed = position + hidden_states.shape[1]
+        if needed <= self._reserved_tokens:
+            return await self._run(hidden_states, position, row_order, None)
+        wished = tokens_to_reserve(needed, self._limits.reserve_tokens, self._state.max_length)
+        try:
+            return await self._run(hidden_states, position, row_order, max(needed, wished))
+        except CacheFullError:
+            if wished <= needed:
+                raise
+        return await self._run(hidden_states, position, row_order, needed)
+
+    async def _run(
+        self, hidden_states: WireTensor, position: int, row_order: tuple[int, ...] | None, max_tokens: int | None
+    ) -> StepReply:
+        step = Step(self._state.last_begun + 1, position, hidden_states, row_order, max_tokens)
         self._state.begin_step(step.step_id, position, hidden_states.shape[1])
         self._unanswered = step
         return await self._answer_to(step, is_sent=False)
@@ -182,6 +215,7 @@ class SpanStream:
                     raise InvalidTensorError(f"the node answered {found} to {wanted}")
                 self._state.finish_step(step.step_id)
                 self._unanswered = None
+                self._reserved_tokens = max(self._reserved_tokens, step.max_tokens or 0)
                 return reply
             case ErrorReply(step_id=step.step_id):
                 self._state.fail_step(step.step_id)

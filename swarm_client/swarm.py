@@ -10,6 +10,7 @@ from typing import Any
 
 from swarm_client.config import ClientConfig
 from swarm_client.loop_thread import LoopThread, join_network
+from swarm_client.prefix_hashes import KEY_BYTES
 from swarm_client.routing.find_route import Hop, ModelKey, find_route
 from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.span_stream import MessageStream
@@ -31,6 +32,7 @@ class Swarm:
         self.config = config
         self.loop = loop
         self._transport = transport
+        self._prefix_key = secrets.token_bytes(KEY_BYTES)
         self._watchers: dict[ModelKey, SwarmWatcher] = {}
         _open_swarms.add(self)
 
@@ -46,7 +48,8 @@ class Swarm:
 
     def session(self, model: ModelKey, batch_size: int, max_length: int) -> SwarmSession:
         """Return a session that is not yet open; its methods run on `loop`."""
-        return SwarmSession(self._transport, self._watcher(model), self.config, model, batch_size, max_length)
+        watcher = self._watcher(model)
+        return SwarmSession(self._transport, watcher, self.config, model, batch_size, max_length, self._prefix_key)
 
     def missing_blocks(self, model: ModelKey) -> Sequence[Span]:
         """Return the runs of blocks of `model` that no online node with the same weights serves now."""

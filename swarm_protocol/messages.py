@@ -2,8 +2,9 @@
 
 A session lives on one stream per hop, opened under `SESSION_PROTOCOL`:
 
-    OpenSession → SessionOpened          reserve KV cache, agree on the version
-    Step → StepReply | ErrorReply        prefill and decode; a lower position rolls back, `row_order` permutes the rows
+    OpenSession → SessionOpened          reserve KV cache, agree on the version, say what of a prefix is cached already
+    Step → StepReply | ErrorReply        prefill and decode; a lower position rolls back, `row_order` permutes the rows,
+                                         `max_tokens` extends the reservation
     ResumeSession → SessionResumed       on a new stream after the old one dropped
     CloseSession → SessionClosed         free the cache
 
@@ -35,6 +36,13 @@ MAX_BATCH_ROWS = 256
 MAX_SESSION_TOKENS = 1 << 20
 """Bounds of what can be asked for at all; nodes have lower ones of their own."""
 
+PAGE_TOKENS = 64
+"""Tokens of a page, in which prefixes are named and reservations grow: 2.3 MB for a block of BLOOM-176B in bf16, and
+few enough for a chat's first message."""
+
+MAX_PREFIX_PAGES = 512
+"""Of one session: 32,768 tokens. Their hashes take 9 kB of a header."""
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
 """The dtypes that travel, by torch's name, and their bytes per value."""
 
@@ -49,6 +57,7 @@ NumRows = Annotated[int, Meta(ge=1, le=MAX_BATCH_ROWS)]
 Block = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(ge=0)]
 ShortText = Annotated[str, Meta(max_length=160)]
+PageHashes = Annotated[tuple[Id, ...], Meta(max_length=MAX_PREFIX_PAGES)]
 Versions = Annotated[tuple[Annotated[int, Meta(ge=1, le=65535)], ...], Meta(min_length=1, max_length=16)]
 RowOrder = Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_BATCH_ROWS)], ...], Meta(max_length=MAX_BATCH_ROWS)]
 
@@ -100,7 +109,10 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 class OpenSession:
     """Ask for a session over blocks `[start_block, end_block)` for `batch_size` rows of up to `max_tokens` tokens.
 
-    `upstream` and `downstream` name the peers whose steps come in and to whom the outputs go; None is the sender.
+    `max_tokens` is what is reserved now; steps may extend it. `prefix` are keyed hashes of the first pages of tokens
+    that will come, each covering all before it and whatever else decides the hidden states that enter `start_block`;
+    pages are shared among sessions of one row and one peer. `upstream` and `downstream` name the peers whose steps come
+    in and to whom the outputs go; None is the sender.
     """
 
     kind: ClassVar[int] = 1
@@ -114,6 +126,7 @@ class OpenSession:
     max_tokens: NumTokens
     upstream: ShortText | None = None
     downstream: ShortText | None = None
+    prefix: PageHashes = ()
 
     @property
     def span(self) -> Span:
@@ -123,12 +136,16 @@ class OpenSession:
 
 @dataclass(frozen=True, slots=True)
 class SessionOpened:
-    """The cache is reserved. A dropped stream can be resumed with `resume_token` for `resume_grace_s` seconds."""
+    """The cache is reserved. A dropped stream can be resumed with `resume_token` for `resume_grace_s` seconds.
+
+    The first `cached_tokens` tokens of the prefix are in it already: the first step starts there, or lower.
+    """
 
     kind: ClassVar[int] = 2
     version: Annotated[int, Meta(ge=1, le=65535)]
     resume_token: Id
     resume_grace_s: Seconds
+    cached_tokens: Position = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +172,8 @@ class Step:
     """Run `hidden_states` (batch, seq, hidden) through the session's blocks at `position`.
 
     A position below the cached tokens rolls back to it first. `row_order`, if given, permutes the rows of the cache
-    before that: row i continues what row `row_order[i]` was. With seq 0 nothing else happens.
+    before that: row i continues what row `row_order[i]` was. With seq 0 nothing else happens. `max_tokens`, if given,
+    first extends the reservation to so many tokens per row; where that is refused, so is the step, as `cache_full`.
     """
 
     kind: ClassVar[int] = 5
@@ -163,6 +181,7 @@ class Step:
     position: Position
     hidden_states: WireTensor
     row_order: RowOrder | None = None
+    max_tokens: NumTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,9 +113,18 @@ class SessionState:
         self.last_finished = 0
         self._running: list[_StepRange] = []
 
-    def opened(self) -> None:
-        """The session was granted."""
+    def opened(self, position: int = 0) -> None:
+        """The session was granted; `position` tokens are cached already."""
         self._apply(Event.OPENED)
+        self.position = position
+
+    def extended(self, max_length: int) -> None:
+        """From now on `max_length` tokens may be cached, if those are more than before."""
+        self.max_length = max(self.max_length, max_length)
+
+    def is_next(self, step_id: int) -> bool:
+        """Whether a step with this id would be new and in order."""
+        return step_id == self.last_begun + 1
 
     def begin_step(self, step_id: int, position: int, num_tokens: int) -> Begun:
         """Begin a step of `num_tokens` tokens per row at `position`, or find that it was begun before (rules 2 and 3).
@@ -125,7 +134,7 @@ class SessionState:
         self._require(Event.BEGIN_STEP)
         if step_id <= self.last_begun:
             return self._repeated(step_id)
-        if step_id != self.last_begun + 1:
+        if not self.is_next(step_id):
             raise StepOrderError(f"step {step_id} came, step {self.last_begun + 1} is next")
         if self.last_begun - self.last_finished >= self.max_in_flight:
             raise StepOrderError(f"step {step_id} came while {self.max_in_flight} are in flight, which is the limit")

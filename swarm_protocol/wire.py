@@ -34,7 +34,8 @@ _CONTINUATION = struct.pack("<BBH", LAYOUT, 0, 0)
 _ALIGNMENT = 16
 
 MAX_HEADER_BYTES = 16 * 1024
-"""The largest header: `OpenSession` with every text full is below 2 kB, a row order of 256 rows below 1 kB."""
+"""The largest header: `OpenSession` with every text full and a prefix of 512 pages is below 12 kB, a row order of 256
+rows below 1 kB."""
 
 
 @dataclass(frozen=True, slots=True)

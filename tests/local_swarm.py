@@ -29,14 +29,15 @@ class LocalSwarm:
         spans: Sequence[Span],
         *,
         cache_tokens: int = 4096,
+        prefix_tokens: int | None = None,
         limits: NodeLimits | None = None,
         config: ClientConfig = CLIENT_CONFIG,
     ) -> None:
         self.loop = LoopThread()
         self.nodes: list[PeerId] = []
         self._folder = folder
-        self._cache_tokens = cache_tokens
-        self._limits = limits or NodeLimits(drain_s=1.0)
+        self._compute = ComputeChoice(cache_tokens=cache_tokens, prefix_tokens=prefix_tokens, threads=1)
+        self._limits = limits or NodeLimits(drain_s=1.0, max_cache_share_per_peer=1.0)
         self._tasks: dict[PeerId, tuple[asyncio.Task[None], asyncio.Event]] = {}
         self.network = self.loop.run(self._make_network())
         for span in spans:
@@ -96,7 +97,7 @@ class LocalSwarm:
 
         config = NodeConfig(
             ModelChoice(str(self._folder), blocks=span),
-            ComputeChoice(cache_tokens=self._cache_tokens, threads=1),
+            self._compute,
             limits=self._limits,
         )
         stop = asyncio.Event()

@@ -6,24 +6,45 @@ does the window, so a rollback to any position works.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedConfig
 
 from swarm_protocol.errors import BlocksNotServedError, InvalidRequestError, PositionError
+from swarm_protocol.ids import PeerId
+from swarm_protocol.messages import PAGE_TOKENS
 from swarm_protocol.model import families
 from swarm_protocol.model.parts import SpanModule
 from swarm_protocol.spans import Span
-
-# Buffers grow in pages, so that a short session does not hold its maximum: 64 tokens are 2.3 MB for a block of
-# BLOOM-176B in bf16, and few enough for a chat's first message.
-PAGE_TOKENS = 64
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, blocks: Span, dtype: torch.dtype) -> int:
     """Return the size in bytes of one token's keys and values in all of `blocks`, for one row."""
     return sum(families.kv_bytes_per_token(config, block, dtype) for block in range(blocks.start, blocks.end))
+
+
+@dataclass(frozen=True, slots=True)
+class PageKey:
+    """What a page is found by: whose it is, of which blocks, and a hash of all tokens up to its end."""
+
+    owner: PeerId
+    blocks: Span
+    page_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The keys and values of `PAGE_TOKENS` tokens in each block, (1, heads, tokens, head_dim)."""
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """What they take."""
+        return sum(states.nbytes for states in (*self.keys, *self.values))
 
 
 class PositionCache(Cache):  # type: ignore[misc]
@@ -70,7 +91,9 @@ class PositionCache(Cache):  # type: ignore[misc]
 class KVCache(PositionCache):
     """The cache of a session of `batch_size` rows and at most `max_tokens` tokens each, at the same position.
 
-    Only the compute thread may use it. Buffers are (batch, heads, capacity, head_dim), allocated at the first step.
+    Only the compute thread may use it. Buffers are (batch, heads, capacity, head_dim), allocated at the first step and
+    grown in pages, so that a short session does not hold its maximum. `page_keys` name its first pages, if others may
+    use them.
     """
 
     def __init__(self, module: SpanModule, batch_size: int, max_tokens: int, blocks: Span | None = None) -> None:
@@ -83,6 +106,7 @@ class KVCache(PositionCache):
             raise BlocksNotServedError(self.blocks, module.span)
         self._batch_size = batch_size
         self.max_tokens = max_tokens
+        self.page_keys: tuple[PageKey, ...] = ()
         self._keys: list[torch.Tensor | None] = [None] * len(self.blocks)
         self._values: list[torch.Tensor | None] = [None] * len(self.blocks)
 
@@ -136,7 +160,36 @@ class KVCache(PositionCache):
         """Forget the tokens from `position` on. Raises PositionError if that many are not cached."""
         if not 0 <= position <= self.position:
             raise PositionError(position, self.position)
+        if position < self.position:
+            # Other tokens may come now than those that the later pages were named for.
+            self.page_keys = self.page_keys[: position // PAGE_TOKENS]
         self.position = position
+
+    def extend(self, max_tokens: int) -> None:
+        """Let the cache hold `max_tokens` tokens, if those are more."""
+        self.max_tokens = max(self.max_tokens, max_tokens)
+
+    def read_page(self, index: int) -> Page:
+        """Return a copy of page `index`, which has to be full."""
+        tokens = slice(index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS)
+        keys, values = (
+            tuple(buffer[:, :, tokens].clone() for buffer in buffers if buffer is not None)
+            for buffers in (self._keys, self._values)
+        )
+        return Page(keys, values)
+
+    def write_pages(self, pages: Sequence[Page]) -> None:
+        """Let an empty cache begin with these pages."""
+        assert not self.position
+        for index in range(len(self.blocks)):
+            for buffers, parts in (
+                (self._keys, [page.keys[index] for page in pages]),
+                (self._values, [page.values[index] for page in pages]),
+            ):
+                num_tokens = PAGE_TOKENS * len(pages)
+                buffers[index] = buffer = self._grown(None, parts[0], num_tokens)
+                torch.cat(parts, dim=2, out=buffer[:, :, :num_tokens])
+        self.position = PAGE_TOKENS * len(pages)
 
     def reorder(self, row_order: Sequence[int]) -> None:
         """Make row `i` a copy of what was row `row_order[i]`, as beam search does.

@@ -3,7 +3,7 @@
 Rules:
 
     - Work of a session runs in the order in which it came; only the oldest of each session may be chosen.
-    - Allocations run at once: they cost nothing.
+    - Allocations run at once: they cost nothing, but for the copy of a prefix that is known.
     - Decode steps (of one token, or of none) run together when they are of one group, which says that the runner can
       compute them in one forward. The oldest waiting step chooses the group, others of the group join in order of
       arrival as far as they fit.

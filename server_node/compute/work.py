@@ -6,28 +6,35 @@ Work is described, not passed as a closure, so that the scheduler can see what i
 from dataclasses import dataclass
 
 from server_node.compute.kv_cache import KVCache
+from swarm_protocol.ids import PeerId
 from swarm_protocol.messages import WireTensor
 from swarm_protocol.spans import Span
 
 
 @dataclass(frozen=True, slots=True)
 class AllocateWork:
-    """Make an empty KV cache for a session."""
+    """Make a KV cache for a session, with those pages of `prefix` that are kept for `owner`; as `OpenSession`."""
 
     blocks: Span
     batch_size: int
     max_tokens: int
+    owner: PeerId | None = None
+    prefix: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """Run one step of a session over its cache; as `messages.Step`."""
+    """Run one step of a session over its cache; as `messages.Step`.
+
+    `max_tokens` is how many tokens are reserved by now, None if still those of the allocation.
+    """
 
     cache: KVCache
     blocks: Span
     position: int
     hidden_states: WireTensor
     row_order: tuple[int, ...] | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

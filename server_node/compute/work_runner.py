@@ -1,5 +1,6 @@
 """Run what the scheduler chose: batches of decode steps, and prefills and forwards piece by piece."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,10 +10,13 @@ import torch
 from server_node.compute.batch_runner import BatchRunner, DecodeStep
 from server_node.compute.block_runner import BlockRunner
 from server_node.compute.kv_cache import KVCache
+from server_node.compute.prefix_store import PrefixStore
 from server_node.compute.scheduler import Batch, BatchLimits, Kind, Scheduler, Waiting
 from server_node.compute.work import AllocateWork, Computed, ForwardWork, StepWork, Work
 from swarm_protocol.spans import Span
 from swarm_protocol.tensors import check_finite, from_wire, to_wire
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +50,7 @@ class WorkRunner:
 
     def __init__(self, runner: BlockRunner, limits: BatchLimits | None = None) -> None:
         self._runner = runner
+        self.prefixes = PrefixStore(0)
         self._scheduler = Scheduler(limits)
         self.batches = BatchRunner(runner)
 
@@ -57,6 +62,9 @@ class WorkRunner:
     def run(self, jobs: Sequence[Job], batch: Batch) -> None:
         """Run the jobs of a batch. Each of them is finished then, or there is more of it to run."""
         started_s = time.perf_counter()
+        for job in jobs:
+            if isinstance(job.work, StepWork) and job.work.max_tokens is not None:
+                job.work.cache.extend(job.work.max_tokens)
         with torch.inference_mode():
             if batch.kind is Kind.DECODE:
                 self._run_decodes(jobs)
@@ -67,6 +75,8 @@ class WorkRunner:
             job.compute_s += taken_s
             if job.outputs and job.error is None and not self._is_more(job):
                 _conclude(job)
+                if isinstance(job.work, StepWork) and batch.kind is Kind.PREFILL:
+                    self._keep_prefix(job.work.cache)
 
     def drop(self, job: Job) -> None:
         """Forget what a prefill that nobody waits for any more has written to its cache."""
@@ -105,7 +115,10 @@ class WorkRunner:
         try:
             work = job.work
             if isinstance(work, AllocateWork):
-                job.result = self._runner.new_cache(work.batch_size, work.max_tokens, work.blocks)
+                cache = self._runner.new_cache(work.batch_size, work.max_tokens, work.blocks)
+                if work.owner is not None:
+                    self.prefixes.fill(cache, work.owner, work.prefix)
+                job.result = cache
             elif job.states is None and not self._receive(job):
                 return
             elif isinstance(work, ForwardWork):
@@ -123,6 +136,13 @@ class WorkRunner:
         chunk = job.states[:, job.num_done : job.num_done + num_tokens]
         job.outputs.append(self._runner.run_begun(work.cache, chunk, work.blocks))
         job.num_done += num_tokens
+
+    def _keep_prefix(self, cache: KVCache) -> None:
+        try:
+            self.prefixes.keep(cache)
+        except (MemoryError, RuntimeError):
+            # The step itself is done; what is lost is that others could have used it. torch says RuntimeError.
+            logger.warning("no memory to keep a prefix: lower --prefix-tokens", exc_info=True)
 
     def _run_forward(self, job: Job, work: ForwardWork, num_blocks: int) -> None:
         assert job.states is not None

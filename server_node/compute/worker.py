@@ -108,6 +108,12 @@ class ComputeWorker:
         """Load the blocks that are to be served. `progress` is called on the device thread. Raises ModelError."""
         return await self._submit(self._load, model, span, device, progress)
 
+    def keep_prefixes(self, max_bytes: int) -> None:
+        """From now on keep so much of sessions' prefixes, for later sessions. To be called once, before any work."""
+        if self._runner is None:
+            raise RuntimeError("no blocks are loaded")
+        self._runner.prefixes.max_bytes = max_bytes
+
     @overload
     async def run(self, work: AllocateWork) -> KVCache: ...
     @overload

@@ -160,11 +160,13 @@ class DistributedTextSession:
 
     @torch.inference_mode()
     def _next_token(self, chooser: TokenChooser) -> int:
-        self._session.position = min(self._session.position, len(self._token_ids) - 1)
-        position = self._session.position
         with self._session.cancellable():  # from before the look at the flag, so that no cancel falls in between
             if self._cancelled.is_set():
                 raise CancelledStepError("generation was cancelled")
+            if self._session.batch_size is None:
+                self._session.start_with(self._token_ids[:-1], self._ends.dtype)
+            self._session.position = min(self._session.position, len(self._token_ids) - 1)
+            position = self._session.position
             output = self._session.step(self._ends.embed(torch.tensor([self._token_ids[position:]]), position))
         token_id = chooser.choose(self._ends.logits(output[:, -1:])[0, -1], self._token_ids)
         self._token_ids.append(token_id)

@@ -11,10 +11,11 @@ from swarm_protocol.spans import Span, uncovered
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """The blocks that a route runs at one peer; they may be fewer than the peer serves."""
+    """The blocks that a route runs at one peer; they may be fewer than the peer serves. `numerics` as in its record."""
 
     peer_id: PeerId
     span: Span
+    numerics: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def find_route(
         if record is None:
             raise AssertionError("coverage was checked above")
         end = min(record.end_block, model.num_blocks)
-        hops.append(Hop(PeerId(record.peer_id), Span(block, end)))
+        hops.append(Hop(PeerId(record.peer_id), Span(block, end), record.numerics))
         block = end
     return hops
 

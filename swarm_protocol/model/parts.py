@@ -188,6 +188,11 @@ class EndsModule(nn.Module):
         self._decoder_path = anatomy.decoder
         self._has_positions = anatomy.positions is not None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that hidden states come and go in."""
+        return self.config.dtype  # type: ignore[no-any-return]
+
     def embed(self, input_ids: torch.Tensor, position: int | torch.Tensor = 0) -> torch.Tensor:
         """Return the hidden states (batch, seq, hidden) that enter the first block, for ids (batch, seq).
 

@@ -34,13 +34,13 @@ def route(*records: NodeRecord, needed_tokens: int = 10, avoided: set[str] | Non
 
 
 def test_one_node_with_all_blocks_is_a_route() -> None:
-    assert route(record("a", 0, 10), record("b", 0, 5)) == [Hop(PeerId("a"), Span(0, 10))]
+    assert route(record("a", 0, 10), record("b", 0, 5)) == [Hop(PeerId("a"), Span(0, 10), "n")]
 
 
 def test_overlapping_spans_are_cut_where_the_one_before_ends() -> None:
     assert route(record("b", 3, 10), record("a", 0, 6)) == [
-        Hop(PeerId("a"), Span(0, 6)),
-        Hop(PeerId("b"), Span(6, 10)),
+        Hop(PeerId("a"), Span(0, 6), "n"),
+        Hop(PeerId("b"), Span(6, 10), "n"),
     ]
 
 

@@ -1,8 +1,9 @@
 """The distributed model answers as transformers' own: families, generation modes, sessions, threads, failures."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,12 +30,13 @@ PAD = 0
 class Pair:
     """A tiny model in two spans on a swarm, and the same model whole."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.local: PreTrainedModel = save_tiny_model(name, folder)
+    def __init__(self, name: str, folder: Path, changes: Mapping[str, Any] | None = None, **served: Any) -> None:
+        """`changes` are made to the model's configuration, `served` is how the swarm is set up."""
+        self.local: PreTrainedModel = save_tiny_model(name, folder, **changes or {})
         self.local.generation_config.pad_token_id = PAD
         self.local.generation_config.eos_token_id = None
         num_blocks = self.local.config.get_text_config().num_hidden_layers
-        self.served = LocalSwarm(folder, [Span(0, 2), Span(2, num_blocks)])
+        self.served = LocalSwarm(folder, [Span(0, 2), Span(2, num_blocks)], **served)
         self.remote: DistributedCausalLM = AutoDistributedModelForCausalLM.from_pretrained(
             str(folder), swarm=self.served.swarm
         )

@@ -47,6 +47,8 @@ from tests.tiny_models import save_tiny_model
 
 SPAN = Span(1, 4)
 CACHE_TOKENS = 100
+WHOLE_CACHE = NodeLimits(max_cache_share_per_peer=1.0, headroom_share=0.0)
+"""One peer may fill the cache to its last token, so that tests can count."""
 HIDDEN = 32
 MODEL, REVISION = "tiny-llama", "0123456789abcdef"
 
@@ -173,7 +175,7 @@ async def serving_node(**limits: Any) -> AsyncIterator[Scenario]:
     worker = GatedWorker()
     announcer = Announcer(transport, network.identity(transport.peer_id).sign, node_record(transport))
     served = ServedSpan(MODEL, REVISION, SPAN, HIDDEN, "float32", CACHE_TOKENS)
-    node = Node(transport, announcer, worker, served, replace(NodeLimits(), **limits))
+    node = Node(transport, announcer, worker, served, replace(WHOLE_CACHE, **limits))
     stop, online = asyncio.Event(), asyncio.Event()
     serving = asyncio.create_task(node.serve(stop, online.set), name="node")
     await online.wait()

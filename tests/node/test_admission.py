@@ -18,7 +18,8 @@ SERVED = ServedSpan("m", "r", Span(4, 8), 16, "float32", cache_tokens=100)
 
 
 def ledger(**limits: Any) -> Admission:
-    return Admission(SERVED, NodeLimits(**limits))
+    whole = {"max_cache_share_per_peer": 1.0, "headroom_share": 0.0}
+    return Admission(SERVED, NodeLimits(**{**whole, **limits}))
 
 
 def request(**fields: Any) -> OpenSession:
@@ -121,6 +122,47 @@ def test_streams_and_queued_steps_are_counted_per_peer():
     admission.queue(ALICE)
 
 
+def test_a_session_grows_as_far_as_the_cache_has_room():
+    admission = ledger()
+    plan = admission.admit(request(batch_size=1, max_tokens=10), ALICE)
+    other = admission.admit(request(batch_size=1, max_tokens=40), BOB)
+    larger = admission.extend(plan, 60)
+    assert (larger.max_tokens, admission.free_tokens) == (60, 0)
+    with pytest.raises(SwarmError, match="1 tokens needed, 0 free") as caught:
+        admission.extend(larger, 61)
+    assert (caught.value.code, caught.value.retryable) == ("cache_full", True)
+    assert admission.extend(larger, 20) is larger
+    for each in (larger, other):
+        admission.release(each)
+    assert (admission.free_token_blocks, admission.num_sessions) == (400, 0)
+
+
+def test_new_sessions_leave_room_for_open_ones_to_grow():
+    admission = ledger(headroom_share=0.2)
+    assert admission.tokens_for_new_sessions == 100
+    plan = admission.admit(request(batch_size=1, max_tokens=50), ALICE)
+    assert (admission.free_tokens, admission.tokens_for_new_sessions) == (50, 30)
+    with pytest.raises(SwarmError, match="31 tokens needed, 30 free"):
+        admission.admit(request(batch_size=1, max_tokens=31), BOB)
+    assert admission.extend(plan, 95).max_tokens == 95
+    assert admission.tokens_for_new_sessions == 0
+
+
+def test_one_peer_gets_its_share_of_the_cache_and_no_more():
+    admission = ledger(max_cache_share_per_peer=0.75)
+    plan = admission.admit(request(batch_size=1, max_tokens=70), ALICE)
+    for more in (
+        lambda: admission.admit(request(batch_size=1, max_tokens=6), ALICE),
+        lambda: admission.extend(plan, 76),
+    ):
+        with pytest.raises(SwarmError, match="6 tokens needed, 5 free") as caught:
+            more()
+        assert caught.value.code == "cache_full"
+    admission.admit(request(batch_size=1, max_tokens=25), BOB)
+    admission.release(plan)
+    admission.admit(request(batch_size=1, max_tokens=75), ALICE)
+
+
 def test_a_draining_node_begins_nothing():
     admission = ledger()
     admission.is_draining = True
@@ -172,5 +214,6 @@ def test_the_content_of_forward_passes_is_judged(fields: dict[str, Any], code: s
 def test_no_more_is_let_in_than_a_step_may_carry():
     admission = ledger(max_step_tokens=64)
     assert admission.payload_bytes() == 64 * 16 * 4
-    assert admission.payload_bytes(admission.admit(request(), ALICE)) == 20 * 16 * 4
+    assert admission.payload_bytes(admission.admit(request(), ALICE)) == 64 * 16 * 4
+    assert ledger().payload_bytes(ledger().admit(request(), ALICE)) == 100 * 16 * 4
     assert ledger(max_payload_bytes=640).max_step_tokens == 10

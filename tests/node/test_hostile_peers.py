@@ -191,10 +191,10 @@ async def test_more_tokens_than_the_session_holds_are_refused():
 
 
 @virtual
-async def test_more_values_than_the_session_could_hold_are_not_let_in():
+async def test_more_values_than_the_whole_cache_could_hold_are_not_let_in():
     async with serving_node() as node:
         talk, _ = await node.open()
-        assert_error(await talk.step(1, 0, states(21)), "frame_too_large")
+        assert_error(await talk.step(1, 0, states(CACHE_TOKENS + 1)), "frame_too_large")
         assert await ended(talk)
         await assert_serves(node)
 

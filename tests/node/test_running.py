@@ -9,7 +9,15 @@ import torch
 
 from server_node.compute.worker import LoadedSpan, OpenedModel
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig
-from server_node.node import Observer, Online, best_address, cache_tokens_to_reserve, num_blocks_to_hold, run_node
+from server_node.node import (
+    Observer,
+    Online,
+    best_address,
+    cache_tokens_to_reserve,
+    num_blocks_to_hold,
+    prefix_tokens_to_keep,
+    run_node,
+)
 from swarm_protocol.errors import CheckpointError, ConfigError, PeerUnreachableError, StreamLostError
 from swarm_protocol.identity import load_identity, verify
 from swarm_protocol.messages import SESSION_PROTOCOL, OpenSession
@@ -221,6 +229,16 @@ def test_the_cache_takes_half_of_what_is_free_unless_told():
         cache_tokens_to_reserve(1001, loaded)
     with pytest.raises(ConfigError):
         cache_tokens_to_reserve(None, replace(loaded, free_bytes=10))
+
+
+def test_prefixes_take_an_eighth_of_the_cache_or_what_is_left():
+    loaded = LoadedSpan(hidden_size=8, dtype="float32", kv_bytes_per_token=10, free_bytes=10_000)
+    assert prefix_tokens_to_keep(None, 800, loaded) == 100
+    assert prefix_tokens_to_keep(None, 950, loaded) == 50
+    assert prefix_tokens_to_keep(0, 800, loaded) == 0
+    assert prefix_tokens_to_keep(200, 800, loaded) == 200
+    with pytest.raises(ConfigError, match="200 would"):
+        prefix_tokens_to_keep(201, 800, loaded)
 
 
 def test_the_address_that_is_shown_works_beyond_this_machine():

@@ -21,6 +21,7 @@ from server_node.config import NodeLimits
 from server_node.node import Node
 from swarm_client.config import ClientConfig
 from swarm_client.inference_session import _open_together
+from swarm_client.prefix_hashes import KEY_BYTES
 from swarm_client.routing.find_route import ModelKey
 from swarm_client.routing.watcher import LOOKUP_S, SwarmWatcher
 from swarm_client.span_stream import RESUME_PAUSE_S
@@ -67,6 +68,7 @@ KEY = ModelKey(MODEL, REVISION, NUM_BLOCKS)
 CONFIG = ClientConfig(open_s=5.0, step_s=20.0, resume_s=8.0, view_age_s=0.0)
 HALVES = (Span(0, 2), Span(2, NUM_BLOCKS))
 WHOLE = Span(0, NUM_BLOCKS)
+PREFIX_KEY = b"k" * KEY_BYTES
 
 
 @cache
@@ -116,7 +118,7 @@ class Scene:
 
     def another_session(self, config: ClientConfig = CONFIG) -> SwarmSession:
         watcher = SwarmWatcher(self.client, KEY.name, KEY.num_blocks, config.avoid_s)
-        return SwarmSession(self.client, watcher, config, KEY, 1, 20)
+        return SwarmSession(self.client, watcher, config, KEY, 1, 20, PREFIX_KEY)
 
 
 @asynccontextmanager
@@ -194,7 +196,7 @@ def now_s() -> float:
 @virtual
 async def test_a_frozen_node_times_out_exactly_at_the_deadline() -> None:
     async with scene(*HALVES) as s:
-        await s.session.open()
+        await s.session.open(1)
         s.network.freeze(s.nodes[1].transport.peer_id)
         started_s = now_s()
         with pytest.raises(StepTimeoutError) as caught:
@@ -211,7 +213,7 @@ async def test_a_step_takes_one_round_trip_to_each_node() -> None:
         for served, delay_s in zip(s.nodes, (0.02, 0.05), strict=True):
             s.network.set_link(s.client.peer_id, served.transport.peer_id, LinkProfile(delay_s))
         started_s = now_s()
-        await s.session.open()
+        await s.session.open(1)
         assert now_s() - started_s == pytest.approx(4 * 0.05)  # both at once: a dial and a question
         started_s = now_s()
         await s.steps(states(3))
@@ -223,7 +225,7 @@ async def test_a_step_takes_one_round_trip_to_each_node() -> None:
 @virtual
 async def test_a_stream_may_drop_at_any_frame(hop: int, after_frames: int) -> None:
     async with scene(*HALVES) as s:
-        await s.session.open()
+        await s.session.open(1)
         s.network.break_streams(s.client.peer_id, s.nodes[hop].transport.peer_id, after_frames=after_frames)
         found = await s.steps(states(10))
         torch.testing.assert_close(found, local_output(states(10)), rtol=1e-5, atol=1e-5)
@@ -233,7 +235,7 @@ async def test_a_stream_may_drop_at_any_frame(hop: int, after_frames: int) -> No
 @virtual
 async def test_a_killed_node_is_a_retryable_error_within_the_time_of_a_resume() -> None:
     async with scene(*HALVES) as s:
-        await s.session.open()
+        await s.session.open(1)
         await s.steps(states(2))
         s.network.kill(s.nodes[1].transport.peer_id)
         started_s = now_s()
@@ -247,7 +249,7 @@ async def test_a_killed_node_is_a_retryable_error_within_the_time_of_a_resume() 
 async def test_a_cancelled_opening_leaves_nothing_at_the_nodes() -> None:
     async with scene(*HALVES) as s:
         s.network.freeze(s.nodes[1].transport.peer_id)
-        opening = asyncio.create_task(s.session.open())
+        opening = asyncio.create_task(s.session.open(1))
         await asyncio.sleep(1)
         assert len(s.nodes[0].node.sessions) == 1
         opening.cancel()
@@ -263,9 +265,10 @@ async def test_rows_that_cannot_be_opened_close_those_that_are_opened_later() ->
     async with scene(*HALVES) as s:
         for served in s.nodes:
             s.network.set_link(s.client.peer_id, served.transport.peer_id, LinkProfile(0.1))
-        too_long = SwarmSession(s.client, SwarmWatcher(s.client, KEY.name, KEY.num_blocks, 1.0), CONFIG, KEY, 1, 10_000)
+        watcher = SwarmWatcher(s.client, KEY.name, KEY.num_blocks, 1.0)
+        too_long = SwarmSession(s.client, watcher, CONFIG, KEY, 1, 10_000, PREFIX_KEY)
         with pytest.raises(CacheFullError):
-            await _open_together([s.session, too_long])
+            await _open_together([s.session, too_long], [1, 500], None)
         await asyncio.sleep(1)
         assert [len(served.node.sessions) for served in s.nodes] == [0, 0]
 
@@ -276,7 +279,7 @@ async def test_a_directory_that_does_not_answer_has_a_deadline() -> None:
         s.network.freeze(s.client.peer_id)
         started_s = now_s()
         with pytest.raises(StepTimeoutError, match="directory"):
-            await s.session.open()
+            await s.session.open(1)
         assert now_s() - started_s == pytest.approx(LOOKUP_S)
         s.network.thaw(s.client.peer_id)
 
@@ -289,7 +292,7 @@ async def test_a_node_without_memory_is_passed_over() -> None:
             await talk.send(error_reply(CacheFullError(20, 0)))
 
         await add_scripted_node(s.network, refuse)
-        await s.session.open()
+        await s.session.open(1)
         assert [hop.peer_id for hop in s.session.route] == [served.transport.peer_id for served in s.nodes]
 
 
@@ -302,14 +305,14 @@ async def test_a_node_without_memory_and_no_other_is_an_error() -> None:
 
         await add_scripted_node(s.network, refuse)
         with pytest.raises(CacheFullError, match="20 tokens needed"):
-            await s.session.open()
+            await s.session.open(1)
 
 
 @virtual
 async def test_missing_blocks_are_named() -> None:
     async with scene(Span(0, 2), Span(3, 4)) as s:
         with pytest.raises(MissingBlocksError, match=r"block 2, block 4 of"):
-            await s.session.open()
+            await s.session.open(1)
 
 
 @virtual
@@ -320,7 +323,7 @@ async def test_a_node_that_does_not_keep_to_the_protocol_is_passed_over() -> Non
             await talk.send(StepReply(1, to_wire(states(1))))
 
         await add_scripted_node(s.network, answer_nonsense)
-        await s.session.open()
+        await s.session.open(1)
         assert len(s.session.route) == 2
 
 
@@ -344,7 +347,7 @@ async def test_outputs_of_another_kind_are_the_nodes_error_at_once_and_again(wro
                     await talk.send(StepReply(message.step_id, to_wire(wrong)))
 
         await add_scripted_node(s.network, answer)
-        await s.session.open()
+        await s.session.open(1)
         started_s = now_s()
         for _ in range(2):
             with pytest.raises(ProtocolError, match="answered"):
@@ -355,7 +358,7 @@ async def test_outputs_of_another_kind_are_the_nodes_error_at_once_and_again(wro
 @virtual
 async def test_a_closed_session_says_so() -> None:
     async with scene(*HALVES) as s:
-        await s.session.open()
+        await s.session.open(1)
         await s.session.close()
         await settle()
         assert [len(served.node.sessions) for served in s.nodes] == [0, 0]
