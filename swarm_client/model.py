@@ -29,10 +29,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Generation:
-    """A running `generate`: its session, made when the size is known if there was none, and what it does to rows."""
+    """A running `generate`: its session, made when the size is known if there was none, and what it does to rows.
+
+    `prompt` are the ids (batch, n) that it starts from.
+    """
 
     session: InferenceSession | None
     num_beams: int = 1
+    prompt: torch.Tensor | None = None
 
 
 _GUESSING = (GenerationMode.ASSISTED_GENERATION,)
@@ -100,7 +104,7 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
         session = session or active_session()
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
-        generation = _Generation(session)
+        generation = _Generation(session, prompt=inputs)
         token = _generating.set(generation)
         try:
             if session is None:
@@ -168,6 +172,8 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
         elif session.batch_size not in (None, rows):
             logger.info("the session goes from %d to %d rows and is computed again", session.batch_size, rows)
             session.reset()
+        if rows == 1 and generation_mode not in _GUESSING:
+            _start_with_prompt(session, generation.prompt, model_kwargs.get("attention_mask"), self.ends.dtype)
         model_kwargs["past_key_values"] = RemoteCache(session)
         generation_config.use_cache = True
 
@@ -269,6 +275,15 @@ def _distributed_class(family: type[PreTrainedModel]) -> type:
         forward.__doc__ = DistributedCausalLM._forward.__doc__
         _classes[family] = type(f"Distributed{family.__name__}", (DistributedCausalLM, family), {"forward": forward})
     return _classes[family]
+
+
+def _start_with_prompt(
+    session: InferenceSession, prompt: torch.Tensor | None, mask: torch.Tensor | None, dtype: torch.dtype
+) -> None:
+    """Let a new session of one row begin with what nodes know of `prompt` from earlier ones; all but its last token."""
+    is_padded = mask is not None and not bool((mask == 1).all())
+    if prompt is not None and prompt.dim() == 2 and not prompt.is_floating_point() and not is_padded:
+        session.start_with(prompt[0, :-1].tolist(), dtype)
 
 
 def _behind(before: torch.Tensor, inputs: torch.Tensor | None) -> torch.Tensor:

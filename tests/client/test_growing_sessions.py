@@ -152,3 +152,20 @@ def test_a_client_may_keep_its_prompts_to_itself(
         answer(model, prompt)
         assert max(computed) == len(prompt)
         del computed[:]
+
+
+def test_generate_begins_with_what_nodes_know_of_the_prompt(pair: Pair, computed: list[int]) -> None:
+    prompt = torch.tensor([[1 + 7 * token % 90 for token in range(2 * PAGE_TOKENS + 9)]])
+    whole, expected = pair.generated(prompt, max_new_tokens=5)
+    assert torch.equal(whole, expected)
+    del computed[:]
+    with pair.remote.inference_session(max_length=200) as session:
+        assert torch.equal(pair.remote.generate(prompt, max_new_tokens=5), expected)
+        assert max(computed) == 9
+        assert session.position == expected.shape[1] - 1
+        more = pair.remote.generate(prompt[:, :3], max_new_tokens=2)
+    follow_up = torch.cat([expected, prompt[:, :3]], dim=1)
+    assert torch.equal(torch.cat([expected, more], dim=1), pair.local.generate(follow_up, max_new_tokens=2))
+    assert torch.equal(*pair.generated(prompt, max_new_tokens=5, num_beams=2))
+    assert torch.equal(*pair.generated(prompt, max_new_tokens=5, do_sample=True))
+    assert torch.equal(*pair.generated(prompt, max_new_tokens=5, prompt_lookup_num_tokens=3))
