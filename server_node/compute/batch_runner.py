@@ -1,10 +1,12 @@
 """Decode steps of several sessions in one forward, whatever their lengths.
 
-The rows of a batch are aligned at their ends: every row's newest key is in the last column, and shorter rows begin with
-padding that a 2-D mask hides. Left padding is what transformers' own batched generation has, so every family knows it:
-distances between tokens stay what they are, which is all that causal and sliding-window masks need, ALiBi is built
-from that mask, and rotary embeddings follow the position ids. Each session's new keys and values are written to its
-own cache; the padded copies live for one forward, in buffers that all blocks share.
+Where a family lets its attention be chosen by name, every session attends to its own keys where they lie, and the
+rest of a block runs once for all rows (`batch_attention.py`). Else the rows of a batch are aligned at their ends:
+every row's newest key is in the last column, and shorter rows begin with padding that a 2-D mask hides. Left padding
+is what transformers' own batched generation has, so every family knows it: distances between tokens stay what they
+are, which is all that causal and sliding-window masks need, ALiBi is built from that mask, and rotary embeddings
+follow the position ids. Each session's new keys and values are written to its own cache; the padded copies live for
+one forward, in buffers that all blocks share.
 
 What a family makes of it is not taken on trust: when the span is loaded, a small batch is compared with the same steps
 one by one, and `Joining` says how steps are batched from then on. Each block is compared by itself, since many of them
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 
+from server_node.compute.batch_attention import SessionsAttention, SessionsCache
 from server_node.compute.block_runner import BlockRunner
 from server_node.compute.kv_cache import KVCache, PositionCache
 from swarm_protocol.spans import Span
@@ -42,6 +45,9 @@ _NOISE_FACTOR = 3.0
 
 _MAX_ERROR_EPS = 8.0
 """In other dtypes, in units of their resolution; rounding differs with the number of rows."""
+
+_LEAST_WINDOW = 16
+"""Tokens. Blocks with shorter windows are padded: the probe has to go without a mask, too."""
 
 _STRETCHED_ROPES = ("dynamic", "longrope")
 """Rotary embeddings that transformers scales by the longest row of a batch; short probes would not show it."""
@@ -129,14 +135,22 @@ class BatchRunner:
     def __init__(self, runner: BlockRunner) -> None:
         self._runner = runner
         self._joining: Joining | None = None
+        self._attention = SessionsAttention(runner.module.blocks, runner.module.config)
+        self._is_in_place = self._attention.max_tokens >= _LEAST_WINDOW
 
     @property
     def joining(self) -> Joining:
         """How steps are batched on this span; probed when it is first asked for."""
         if self._joining is None:
             self._joining = self._probe()
-            _log.info("decode steps that run together: %s blocks=%s", self._joining.value, self._runner.span)
+            place = "in place" if self.pads_nothing else "padded"
+            _log.info("decode steps that run together: %s, %s blocks=%s", self._joining.value, place, self._runner.span)
         return self._joining
+
+    @property
+    def pads_nothing(self) -> bool:
+        """Whether the length of the longest session costs the others nothing."""
+        return self.joining is Joining.PADDED and self._is_in_place
 
     def group(self, cache: KVCache, blocks: Span, position: int) -> Hashable:
         """Return what steps must have in common to run together."""
@@ -180,15 +194,27 @@ class BatchRunner:
         return [self._run_alone(step) for step in steps]
 
     def _run_together(self, steps: Sequence[DecodeStep]) -> Sequence[torch.Tensor]:
-        module = self._runner.module
-        cache = BatchCache([step.cache for step in steps])
+        caches = [step.cache for step in steps]
         with torch.inference_mode():
             hidden_states = torch.cat([self._runner.placed(step.hidden_states) for step in steps])
-            mask, position_ids = cache.padding(hidden_states.device)
-            output = module(
-                hidden_states, cache=cache, blocks=steps[0].blocks, position_ids=position_ids, attention_mask=mask
-            )
-            return output.split([step.cache.batch_size for step in steps])  # type: ignore[no-any-return]
+            longest = max(cache.position for cache in caches) + 1
+            is_in_place = self._is_in_place and longest <= self._attention.max_tokens
+            run = self._run_in_place if is_in_place else self._run_padded
+            output = run(hidden_states, caches, steps[0].blocks)
+            return torch.split(output, [cache.batch_size for cache in caches])
+
+    def _run_in_place(self, hidden_states: torch.Tensor, caches: Sequence[KVCache], blocks: Span) -> torch.Tensor:
+        module, cache = self._runner.module, SessionsCache(caches)
+        position_ids = torch.tensor(cache.positions, device=hidden_states.device)[:, None]
+        with self._attention.running(cache, module.config_of(blocks)):
+            return module(hidden_states, cache=cache, blocks=blocks, position_ids=position_ids)  # type: ignore[no-any-return]
+
+    def _run_padded(self, hidden_states: torch.Tensor, caches: Sequence[KVCache], blocks: Span) -> torch.Tensor:
+        cache = BatchCache(caches)
+        mask, position_ids = cache.padding(hidden_states.device)
+        return self._runner.module(  # type: ignore[no-any-return]
+            hidden_states, cache=cache, blocks=blocks, position_ids=position_ids, attention_mask=mask
+        )
 
     def _run_alone(self, step: DecodeStep) -> torch.Tensor | Exception:
         try:
@@ -202,12 +228,20 @@ class BatchRunner:
         config, dtype = self._runner.module.config, self._runner.module.dtype
         rounding = 0.0 if dtype == torch.float32 else _MAX_ERROR_EPS * torch.finfo(dtype).eps
         noise = self._error([(6, num_rows) for _, num_rows in _PROBE_LENGTHS])
+        if noise > max(_MAX_NOISE, rounding) and self._is_in_place:
+            self._is_in_place = False
+            return self._probe()
         if noise > max(_MAX_NOISE, rounding):
             return Joining.ALONE
         if any(name in _rope_types(config) for name in _STRETCHED_ROPES):
             return Joining.EQUAL
         limit = max(_MAX_ERROR, rounding, _NOISE_FACTOR * noise)
-        return Joining.PADDED if self._error(_PROBE_LENGTHS) <= limit else Joining.EQUAL
+        if self._error(_PROBE_LENGTHS) <= limit:
+            return Joining.PADDED
+        if self._is_in_place:
+            self._is_in_place = False
+            return self._probe()
+        return Joining.EQUAL
 
     def _error(self, sessions: Sequence[tuple[int, int]]) -> float:
         """Return how far two batched steps of sessions of these tokens and rows are from the same steps one by one."""

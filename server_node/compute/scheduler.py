@@ -39,7 +39,7 @@ class BatchLimits:
     max_rows: int = 64
     """Of a batch of decode steps. A session with more rows runs by itself."""
     max_padded_tokens: int = 16_384
-    """Rows times the longest one's tokens. Keys and values of one block are copied padded: 0.9 GB for BLOOM-176B."""
+    """Rows times the longest one's tokens, where keys and values are copied: 0.9 GB for a block of BLOOM-176B."""
     forward_every: int = 8
     """Of so many pieces one is a forward's while prefills wait."""
 

@@ -95,7 +95,9 @@ class WorkRunner:
         is_grouped = with_group and kind is Kind.DECODE
         group = self.batches.group(work.cache, work.blocks, work.position) if is_grouped else None
         left = num_tokens - job.num_done
-        return Waiting(job.arrival, kind, id(work.cache), group, num_rows, left, work.position)
+        # The position matters where others have to be padded to it.
+        position = 0 if is_grouped and self.batches.pads_nothing else work.position
+        return Waiting(job.arrival, kind, id(work.cache), group, num_rows, left, position)
 
     # decode steps
 

@@ -160,6 +160,10 @@ class SpanModule(nn.Module):
             cache.advance(hidden_states.shape[1])
         return output.last_hidden_state  # type: ignore[no-any-return]
 
+    def config_of(self, blocks: Span) -> PreTrainedConfig:
+        """Return the configuration that the base model reads when `blocks` run; the blocks have their own."""
+        return self._view(blocks).config
+
     def _view(self, blocks: Span) -> nn.Module:
         view = self._views.get(blocks)
         if view is None:

@@ -1,12 +1,13 @@
 """Decode steps of several sessions in one forward equal the same steps one by one, for every family."""
 
 import logging
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from server_node.compute import batch_runner
+from server_node.compute import batch_attention, batch_runner
 from server_node.compute.batch_runner import BatchRunner, DecodeStep, Joining
 from server_node.compute.block_runner import BlockRunner
 from server_node.compute.kv_cache import KVCache
@@ -207,13 +208,74 @@ def test_a_family_that_cannot_be_batched_is_found_out(
         return output
 
     monkeypatch.setattr(llama.module, "forward", forward)
+    monkeypatch.setattr(batch_runner, "_LEAST_WINDOW", sys.maxsize + 1)  # as for a family that has to be padded
     caplog.set_level(logging.INFO)
     batches = BatchRunner(llama)
     assert batches.joining is wanted
+    assert not batches.pads_nothing
     assert wanted.value in caplog.text
     one, other, third = (llama.new_cache(1, 10) for _ in range(3))
     groups = [batches.group(one, WHOLE, 3), batches.group(other, WHOLE, 3), batches.group(third, WHOLE, 4)]
     assert len(set(groups)) == {Joining.PADDED: 1, Joining.EQUAL: 2, Joining.ALONE: 3}[wanted]
+
+
+@pytest.mark.parametrize(("name", "is_in_place"), [("llama", True), ("gpt_neox", True), ("bloom", False)])
+def test_attention_that_is_chosen_by_name_needs_no_padding(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, name: str, is_in_place: bool
+) -> None:
+    pair = Pair(make_runner(name, tmp_path_factory), WHOLE)
+    assert pair.batches.pads_nothing is is_in_place
+    copied: list[int] = []
+    original = batch_runner.BatchCache.update
+
+    def update(self: batch_runner.BatchCache, *args: Any) -> Any:
+        copied.append(self.num_rows)
+        return original(self, *args)
+
+    monkeypatch.setattr(batch_runner.BatchCache, "update", update)
+    pair.step()
+    assert bool(copied) is not is_in_place
+
+
+def test_attention_in_place_that_differs_is_given_up_for_padding(
+    llama: BlockRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = batch_attention.SessionsCache.attend
+
+    def attend(self: batch_attention.SessionsCache, *args: Any) -> Any:
+        output, weights = original(self, *args)
+        return output * 1.01, weights
+
+    monkeypatch.setattr(batch_attention.SessionsCache, "attend", attend)
+    batches = BatchRunner(llama)
+    assert batches.joining is Joining.PADDED
+    assert not batches.pads_nothing
+
+
+def test_sessions_longer_than_a_window_are_padded(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make_runner("mistral", tmp_path_factory, sliding_window=20)
+    pair = Pair(runner, WHOLE, ((3, 1), (18, 1), (9, 1), (1, 1)))
+    assert pair.batches.pads_nothing
+    padded: list[bool] = []
+    original = pair.batches._run_padded
+    monkeypatch.setattr(pair.batches, "_run_padded", lambda *args: (padded.append(True), original(*args))[1])
+    for wanted in (0, 0, 1, 2):  # the second session holds 19, 20, 21 and 22 tokens then
+        pair.step()
+        assert len(padded) == wanted
+
+
+def test_the_blocks_have_their_own_attention_again_after_a_batch(llama: BlockRunner) -> None:
+    pair = Pair(llama, PART)
+    before = llama.module.config_of(PART)._attn_implementation
+    pair.step()
+    configs = [
+        llama.module.config,
+        llama.module.config_of(PART),
+        *(m.config for m in llama.module.modules() if hasattr(m, "config")),
+    ]
+    assert {config._attn_implementation for config in configs} == {before}
 
 
 def test_rotary_embeddings_scaled_by_the_longest_row_are_batched_by_length(
