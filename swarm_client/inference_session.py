@@ -145,9 +145,9 @@ class InferenceSession:
             raise MaxLengthError(self._position, columns, self.max_length)
         with self.cancellable():
             self._prepare(hidden_states.shape[0], padding, columns)
-            outputs = self._step_chunks(hidden_states)
+            outputs = self._step_chunks(hidden_states, with_span_outputs)
         depth = min(len(parts) for parts in outputs)
-        spans = [torch.cat(parts, dim=1) for parts in zip(*(parts[-depth:] for parts in outputs), strict=True)]
+        spans = [_joined(parts) for parts in zip(*(parts[-depth:] for parts in outputs), strict=True)]
         spans = [span.to(hidden_states.device) for span in spans]
         is_every_span = len(spans) == len(self._groups[0].session.route)
         self.span_outputs = tuple(spans) if with_span_outputs and is_every_span else ()
@@ -273,14 +273,14 @@ class InferenceSession:
             with contextlib.suppress(SessionClosedError):  # the whole connection is closed, and the sessions with it
                 self._loop.run(_close_together([group.session for group in groups]))
 
-    def _step_chunks(self, hidden_states: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    def _step_chunks(self, hidden_states: torch.Tensor, with_span_outputs: bool) -> list[tuple[torch.Tensor, ...]]:
         before, columns = self._position, hidden_states.shape[1]
         width = max(1, self._config.step_tokens // hidden_states.shape[0])
         outputs: list[tuple[torch.Tensor, ...]] = []
         try:
             for start in range(0, max(1, columns), width):
                 chunk = hidden_states[:, start : start + width]
-                outputs.append(self._step_chunk(chunk))
+                outputs.append(self._step_chunk(chunk, with_span_outputs))
                 self._position += chunk.shape[1]
         except BaseException as error:
             self._position = before
@@ -288,7 +288,7 @@ class InferenceSession:
             raise
         return outputs
 
-    def _step_chunk(self, chunk: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _step_chunk(self, chunk: torch.Tensor, with_span_outputs: bool) -> tuple[torch.Tensor, ...]:
         orders = self._group_orders()
         start, columns = self._position, chunk.shape[1]
         busy: list[_RowGroup] = []
@@ -307,7 +307,7 @@ class InferenceSession:
                 self.close()  # which rows were exchanged already is not known
             raise
         self._row_order = None
-        outputs = self._assemble(chunk, busy, results)
+        outputs = self._assemble(chunk, busy, results, with_span_outputs)
         check_finite(outputs[-1])
         return outputs
 
@@ -329,17 +329,17 @@ class InferenceSession:
             self._running = None
 
     def _assemble(
-        self, chunk: torch.Tensor, busy: Sequence[_RowGroup], results: Sequence[StepResult]
+        self, chunk: torch.Tensor, busy: Sequence[_RowGroup], results: Sequence[StepResult], with_span_outputs: bool
     ) -> tuple[torch.Tensor, ...]:
-        """Return the output after every span, or only the last where the groups' routes differ in their spans."""
+        """Return the output after the last span; after every one if asked for and the groups' spans are the same."""
         if not results:
             return (torch.zeros_like(chunk, device="cpu"),) * len(self._groups[0].session.route)
         self.last_timings = results[-1].timings
         if len(self._groups) == 1 and results[0].outputs[-1].shape[1] == chunk.shape[1]:
-            return tuple(from_wire(output) for output in results[0].outputs)
+            return tuple(from_wire(output) for output in results[0].outputs[0 if with_span_outputs else -1 :])
         is_same = len({tuple(timing.hop.span for timing in result.timings) for result in results}) == 1
         wholes = []
-        for index in range(len(results[0].outputs)) if is_same else [-1]:
+        for index in range(len(results[0].outputs)) if is_same and with_span_outputs else [-1]:
             whole = torch.zeros(chunk.shape, dtype=chunk.dtype)
             for group, result in zip(busy, results, strict=True):
                 output = from_wire(result.outputs[index])
@@ -360,8 +360,14 @@ class InferenceSession:
         return orders
 
 
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=1)
+
+
 async def _all(jobs: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
     """Run the jobs together and return their results; when one fails, raise that after all have ended."""
+    if len(jobs) == 1:  # the usual case goes without tasks of its own
+        return [await jobs[0]()]
     results = await asyncio.gather(*(job() for job in jobs), return_exceptions=True)
     done: list[T] = []
     for result in results:

@@ -39,6 +39,11 @@ def test_hidden_states_of_another_form_are_refused(dtype: str, shape: tuple[int,
         check_hidden_states(tensor, frozenset({"float32"}), 1, 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_large_values_are_finite_even_where_their_sum_is_not(dtype: torch.dtype) -> None:
+    check_finite(torch.full((1, 2, 8), torch.finfo(dtype).max, dtype=dtype))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_are_refused(value: float) -> None:
     tensor = torch.zeros(1, 2, 8)
