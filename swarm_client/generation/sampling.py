@@ -1,7 +1,7 @@
 """Choose the next token from logits, with transformers' own logits processors."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
@@ -20,39 +20,81 @@ from swarm_protocol.errors import InvalidRequestError
 
 class TokenChooser:
     """Greedy or seeded choice of tokens. One random number is drawn per position, so that a seed gives one text
-    whatever is cancelled, repeated or guessed ahead in between."""
+    whatever is cancelled, repeated or guessed ahead in between, and whoever else's tokens are chosen with it."""
 
     def __init__(self, params: SamplingParams) -> None:
         """Raises InvalidRequestError for values that the processors refuse."""
-        self._is_greedy = not params.do_sample or params.temperature == 0
+        is_greedy = not params.do_sample or params.temperature == 0
         try:
-            self._processors = _processors(params, self._is_greedy)
+            self._penalty = _penalty(params)
+            self._warpers = None if is_greedy else _warpers(params)
         except ValueError as error:
             raise InvalidRequestError(str(error)) from None
         self._seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 63)
+        # Those who are warped alike can be warped together.
+        self._kind = None if is_greedy else (params.temperature, params.top_k, params.top_p, params.min_p)
 
     def choose(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
         """Return the id of the token behind `token_ids`, for its logits (vocab)."""
-        scores = logits.float()[None]
-        if self._processors:
-            scores = self._processors(torch.tensor([list(token_ids)], device=logits.device), scores)
-        if self._is_greedy:
-            return int(scores[0].argmax())
-        cumulative = scores[0].double().softmax(dim=-1).cumsum(dim=-1)
-        point = self._uniform(len(token_ids)) * float(cumulative[-1])
-        return int(torch.searchsorted(cumulative, point, right=True).clamp(max=len(cumulative) - 1))
+        return choose_together(logits[None], [self], [token_ids])[0]
+
+    def _penalized(self, scores: torch.Tensor, token_ids: Sequence[int]) -> torch.Tensor:
+        """Return the scores (1, vocab) with what hangs on the tokens before."""
+        return self._penalty(torch.tensor([list(token_ids)], device=scores.device), scores) if self._penalty else scores
 
     def _uniform(self, position: int) -> float:
         return float(np.random.Generator(np.random.Philox(key=self._seed, counter=position)).random())
 
 
-def _processors(params: SamplingParams, is_greedy: bool) -> LogitsProcessorList:
-    """Return the processors in the order in which transformers' `generate` applies them."""
+def choose_together(
+    logits: torch.Tensor, choosers: Sequence[TokenChooser], token_ids: Sequence[Sequence[int]]
+) -> list[int]:
+    """Return for each row of `logits` (rows, vocab) what its chooser takes behind its `token_ids`.
+
+    A row's choice hangs on that row alone. Raises whatever one of the rows makes a processor raise.
+    """
+    scores = logits.float()
+    if any(chooser._penalty for chooser in choosers):
+        rows = zip(choosers, scores[:, None], token_ids, strict=True)
+        scores = torch.cat([chooser._penalized(row, ids) for chooser, row, ids in rows])
+    kinds: dict[Hashable, list[int]] = {}
+    for row, chooser in enumerate(choosers):
+        kinds.setdefault(chooser._kind, []).append(row)
+    chosen = [0] * len(choosers)
+    for rows_of_kind in kinds.values():
+        own = scores if len(kinds) == 1 else scores[rows_of_kind]
+        first = choosers[rows_of_kind[0]]
+        if first._warpers is None:
+            ids = own.argmax(dim=-1)
+        else:
+            points = [choosers[row]._uniform(len(token_ids[row])) for row in rows_of_kind]
+            ids = _drawn(first._warpers(_NO_IDS, own), points)
+        for row, token_id in zip(rows_of_kind, ids.tolist(), strict=True):
+            chosen[row] = token_id
+    return chosen
+
+
+_NO_IDS = torch.empty(0, 0, dtype=torch.long)
+"""For the processors that look at scores only."""
+
+
+def _drawn(scores: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
+    """Return the id (rows,) that each row's uniform number in [0, 1) falls on."""
+    cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
+    points = torch.tensor(uniforms, dtype=torch.double, device=scores.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, points, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
+
+
+def _penalty(params: SamplingParams) -> RepetitionPenaltyLogitsProcessor | None:
+    # It comes before the others, as in transformers' `generate`.
+    if params.repetition_penalty in (None, 1.0):
+        return None
+    return RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
+
+
+def _warpers(params: SamplingParams) -> LogitsProcessorList:
+    """Return the processors of sampling in the order in which transformers' `generate` applies them."""
     chosen = LogitsProcessorList()
-    if params.repetition_penalty not in (None, 1.0):
-        chosen.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-    if is_greedy:
-        return chosen
     if params.temperature not in (None, 1.0):
         chosen.append(TemperatureLogitsWarper(params.temperature))
     if params.top_k:

@@ -2,11 +2,13 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from swarm_client.generation.ends_worker import ENDS_WORKER, ChosenToken, EndsRow
 from swarm_client.generation.prompt_format import chat_stop, chat_token_ids, common_prefix
 from swarm_client.generation.sampling import TokenChooser
 from swarm_client.generation.stream import stream_text
@@ -90,6 +92,9 @@ class DistributedTextSession:
         self._token_ids: list[int] = []
         self._turn_stop: tuple[str, ...] = ()
         self._cancelled = threading.Event()
+        self._choosing: Future[ChosenToken] | None = None
+        # The last token, where it is and its states, if the worker made them.
+        self._embedded: tuple[int, int, torch.Tensor | None] = (0, 0, None)
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -153,10 +158,17 @@ class DistributedTextSession:
         """End a running `generate` now. Any thread."""
         self._cancelled.set()
         self._session.cancel()
+        self._withdraw_row()
 
     def close(self) -> None:
         """Free the caches at the nodes. Idempotent."""
+        self._withdraw_row()
         self._session.close()
+
+    def _withdraw_row(self) -> None:
+        choosing = self._choosing
+        if choosing is not None:
+            choosing.cancel()
 
     @torch.inference_mode()
     def _next_token(self, chooser: TokenChooser) -> int:
@@ -166,11 +178,33 @@ class DistributedTextSession:
             if self._session.batch_size is None:
                 self._session.start_with(self._token_ids[:-1], self._ends.dtype)
             self._session.position = min(self._session.position, len(self._token_ids) - 1)
-            position = self._session.position
-            output = self._session.step(self._ends.embed(torch.tensor([self._token_ids[position:]]), position))
-        token_id = chooser.choose(self._ends.logits(output[:, -1:])[0, -1], self._token_ids)
-        self._token_ids.append(token_id)
-        return token_id
+            output = self._session.step(self._embed_rest())
+        chosen = self._choose(chooser, output[:, -1:])
+        self._embedded = (len(self._token_ids), chosen.token_id, chosen.embedded)
+        self._token_ids.append(chosen.token_id)
+        return chosen.token_id
+
+    def _embed_rest(self) -> torch.Tensor:
+        """Return the states (1, n, hidden) of the tokens that are not cached."""
+        position = self._session.position
+        rest = self._token_ids[position:]
+        at, token_id, states = self._embedded
+        if states is not None and (position, rest) == (at, [token_id]):
+            return states
+        return self._ends.embed(torch.tensor([rest]), position)
+
+    def _choose(self, chooser: TokenChooser, states: torch.Tensor) -> ChosenToken:
+        is_last = len(self._token_ids) + 1 >= self.max_length
+        self._choosing = choosing = ENDS_WORKER.submit(EndsRow(self._ends, chooser, states, self._token_ids, is_last))
+        try:
+            if self._cancelled.is_set():
+                choosing.cancel()
+            return choosing.result()
+        except CancelledError:
+            raise CancelledStepError("generation was cancelled") from None
+        finally:
+            choosing.cancel()
+            self._choosing = None
 
 
 def _end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
