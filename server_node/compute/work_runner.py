@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from server_node.compute.batch_runner import BatchRunner, DecodeStep
+from server_node.compute.batch_runner import BatchRunner, DecodeStep, Joining
 from server_node.compute.block_runner import BlockRunner
 from server_node.compute.kv_cache import KVCache
 from server_node.compute.prefix_store import PrefixStore
@@ -53,10 +53,18 @@ class WorkRunner:
         self.prefixes = PrefixStore(0)
         self._scheduler = Scheduler(limits)
         self.batches = BatchRunner(runner)
+        self.is_joining = False
+        """Whether decode steps of all lengths run together, as far as that is known."""
+
+    def probe(self) -> None:
+        """Find out how decode steps run together, which takes a while the first time."""
+        self.is_joining = self.batches.joining is Joining.PADDED
 
     def next_batch(self, jobs: Sequence[Job]) -> Batch | None:
         """Return what to run next of `jobs`, which are in order of arrival; None if there are none."""
         num_decodes = sum(_kind(job.work) is Kind.DECODE for job in jobs)
+        if num_decodes > 1 and not self.is_joining:
+            self.probe()
         return self._scheduler.next_batch([self._describe(job, num_decodes > 1) for job in jobs])
 
     def run(self, jobs: Sequence[Job], batch: Batch) -> None:
@@ -183,7 +191,12 @@ def _kind(work: Work) -> Kind:
         return Kind.ALLOCATE
     if isinstance(work, ForwardWork):
         return Kind.FORWARD
-    return Kind.DECODE if work.hidden_states.shape[1] <= 1 else Kind.PREFILL
+    return Kind.DECODE if is_decode(work) else Kind.PREFILL
+
+
+def is_decode(work: StepWork) -> bool:
+    """Return whether a step brings one token, or none."""
+    return work.hidden_states.shape[1] <= 1
 
 
 def _decode_step(job: Job) -> DecodeStep:

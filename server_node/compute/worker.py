@@ -3,13 +3,16 @@
 The loop submits work and awaits the result. What waits is in one list that both sides see under a lock; one turn of the
 device thread after another takes what the scheduler chooses from it and runs it, until nothing waits. Everything that
 touches tensors happens there, from the bytes that arrived to the bytes that leave, so that the loop never computes.
+
+When all that waits are decode steps, and others are about to come that could run with them, the device is left idle for
+some milliseconds (`gathering.py` says how long); the loop's timer ends that, or the next step that comes.
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +22,11 @@ import torch
 
 from server_node.compute.block_loader import load_blocks, module_bytes
 from server_node.compute.block_runner import BlockRunner
+from server_node.compute.gathering import Gathering
 from server_node.compute.kv_cache import KVCache, kv_bytes_per_token
-from server_node.compute.scheduler import BatchLimits
+from server_node.compute.scheduler import Batch, BatchLimits, Kind
 from server_node.compute.work import AllocateWork, Computed, ForwardWork, StepWork, Work
-from server_node.compute.work_runner import Job, WorkRunner
+from server_node.compute.work_runner import Job, WorkRunner, is_decode
 from swarm_protocol.errors import ConfigError, LimitExceededError
 from swarm_protocol.model.anatomy import build_empty, find_anatomy
 from swarm_protocol.model.checkpoint import Checkpoint, Progress, open_checkpoint
@@ -96,7 +100,10 @@ class ComputeWorker:
         # Guarded by the lock: what waits or runs, by arrival, and whether somebody is to look at it.
         self._tickets: dict[int, _Ticket] = {}
         self._is_turning = False
+        self._gathering = Gathering()
+        # The loop's own: what runs, and the end of a hold.
         self._turn: asyncio.Future[None] | None = None
+        self._held: asyncio.TimerHandle | None = None
 
     async def open_model(
         self, source: str, *, revision: str | None, cache_dir: str | None, device: str, dtype: str
@@ -142,6 +149,8 @@ class ComputeWorker:
 
     def close(self) -> None:
         """Drop what waits; what runs ends by itself."""
+        if self._held is not None:
+            self._held.cancel()
         with self._lock:
             dropped = list(self._tickets.values())
             self._tickets.clear()
@@ -155,10 +164,16 @@ class ComputeWorker:
     def _enqueue(self, ticket: _Ticket) -> None:
         with self._lock:
             self._tickets[ticket.job.arrival] = ticket
+            work = ticket.job.work
+            if isinstance(work, StepWork) and is_decode(work):
+                self._gathering.arrived(id(work.cache), work.blocks, ticket.job.submitted_s)
             is_first, self._is_turning = not self._is_turning, True
         if is_first:
             # Not before the loop's next turn: steps that are submitted in this one shall run together.
-            ticket.waiter.get_loop().call_soon(self._start_turns)
+            ticket.waiter.get_loop().call_soon(self._gather)
+        elif self._held is not None:
+            self._held.cancel()
+            self._held = ticket.waiter.get_loop().call_later(0, self._gather)
 
     def _withdraw(self, ticket: _Ticket) -> None:
         """Take work out of the list that nobody waits for any more."""
@@ -168,7 +183,29 @@ class ComputeWorker:
             if not ticket.job.num_done:
                 self._tickets.pop(ticket.job.arrival, None)
 
+    def _gather(self) -> None:
+        """Let the device thread begin, now or after a hold. It does not run now."""
+        self._held = None
+        with self._lock:
+            hold_s = self._hold_s()
+        if hold_s > 0:
+            self._held = asyncio.get_running_loop().call_later(hold_s, self._start_turns)
+        else:
+            self._start_turns()
+
+    def _hold_s(self) -> float:
+        """Return how long to hold what waits. Called under the lock, by either side."""
+        waiting: dict[Hashable, float] = {}
+        for ticket in self._tickets.values():
+            work = ticket.job.work
+            if not isinstance(work, StepWork) or not is_decode(work):
+                return 0.0
+            waiting.setdefault(id(work.cache), ticket.job.submitted_s)
+        is_joining = self._runner is not None and self._runner.is_joining
+        return self._gathering.hold_s(waiting, time.perf_counter()) if is_joining else 0.0
+
     def _start_turns(self) -> None:
+        self._held = None
         loop = asyncio.get_running_loop()
         self._turn = loop.run_in_executor(self._executor, self._take_turns)
         self._turn.add_done_callback(self._turns_ended)
@@ -191,20 +228,31 @@ class ComputeWorker:
         """Run what waits until nothing does."""
         runner = self._runner
         assert runner is not None
+        has_run = False
         while True:
             with self._lock:
                 tickets = dict(self._tickets)
                 if not tickets:
                     self._is_turning = False
                     return
+                is_held = has_run and self._hold_s() > 0
+            if is_held:
+                next(iter(tickets.values())).waiter.get_loop().call_soon_threadsafe(self._gather)
+                return
+            has_run = True
             dropped = [ticket for ticket in tickets.values() if ticket.job.is_cancelled]
             batch = runner.next_batch([ticket.job for ticket in tickets.values() if not ticket.job.is_cancelled])
             chosen = [tickets[arrival] for arrival in batch.arrivals] if batch else []
+            started_s = time.perf_counter()
             if batch:
                 runner.run([ticket.job for ticket in chosen], batch)
-            self._put_away(runner, dropped, chosen)
+                logger.debug("ran %d of %d that wait: %s", len(chosen), len(tickets), batch.kind.value)
+            self._put_away(runner, dropped, chosen, batch, started_s)
 
-    def _put_away(self, runner: WorkRunner, dropped: list[_Ticket], ran: list[_Ticket]) -> None:
+    def _put_away(
+        self, runner: WorkRunner, dropped: list[_Ticket], ran: list[_Ticket], batch: Batch | None, started_s: float
+    ) -> None:
+        now_s = time.perf_counter()
         finished = [ticket for ticket in ran if ticket.job.is_finished]
         dropped = dropped + [ticket for ticket in ran if ticket.job.is_cancelled and not ticket.job.is_finished]
         for ticket in dropped:
@@ -212,6 +260,9 @@ class ComputeWorker:
         with self._lock:
             for ticket in (*dropped, *finished):
                 self._tickets.pop(ticket.job.arrival, None)
+            if batch is not None and batch.kind is Kind.DECODE:
+                sessions = [id(ticket.job.work.cache) for ticket in finished if isinstance(ticket.job.work, StepWork)]
+                self._gathering.answered(sessions, now_s - started_s, now_s)
         if finished:
             _tell_loop(finished)
 
@@ -227,7 +278,7 @@ class ComputeWorker:
             raise ConfigError(f"the blocks {span} do not fit into the memory of {device}: serve fewer") from error
         self._runner = WorkRunner(runner, self._limits)
         # Asked here so that no session waits for the probe.
-        _ = self._runner.batches.joining
+        self._runner.probe()
         config = runner.module.config
         return LoadedSpan(
             hidden_size=config.hidden_size,
