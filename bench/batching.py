@@ -1,113 +1,171 @@
-"""Tokens/s of a node's device with several sessions at once, against one session; no network, no embeddings, no head.
+"""Tokens/s of several users at once through one node and through two, and the time per token that each of them sees.
 
-    python -m bench.batching [--rounds 5] [--tokens 24] [--threads 2] [--dtype float32] [--lengths 16,128]
+    python -m bench.batching [--rounds 3] [--tokens 16] [--models smollm2,bloom-560m] [--worker-only]
 
-Sessions decode as clients that answer at once: each submits its next step when it has the last one's output. The line
-"direct" is one session's steps called without the worker, which is what batching must not cost a lone session. Rounds
-are interleaved, so that a noisy machine disturbs all alike; the table gives medians and the ratio to one session.
+Nodes are processes as volunteers start them; the users are threads of one client process, as in the chat site, each
+with a text session of its own: prompts of 16 to 128 tokens, greedy, float32. The client has one thread for its head.
+One node has two threads, two nodes have one each: the cores are shared by all of them. Rounds are interleaved, so that
+a noisy machine disturbs all numbers of users alike; tables give medians, and ratios to one user of the same round.
+
+`bloom-560m` is that model's shape with random weights. Two more tables: what open sessions that do nothing cost one
+that decodes, and what one user's prefill of 1,500 tokens does to another user's tokens. `--worker-only` measures the
+device thread of a node alone (bench/worker_batching.py), whose options it takes.
 """
 
 import argparse
-import asyncio
+import contextlib
 import statistics
-import time
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from app.demo import find_model
+from bench import worker_batching
 from bench.machine import describe_machine
-from server_node.compute.block_loader import load_blocks
-from server_node.compute.block_runner import BlockRunner
-from server_node.compute.work import AllocateWork, StepWork
-from server_node.compute.worker import ComputeWorker
-from swarm_protocol.messages import WireTensor
-from swarm_protocol.model.checkpoint import open_checkpoint
-from swarm_protocol.spans import Span
-from swarm_protocol.tensors import from_wire, to_wire
+from bench.node_processes import NodeProcess
+from bench.shaped_model import save_bloom_560m
+from bench.text_users import MAX_LENGTH, Together, User, decode_together
+from server_node.compute.scheduler import BatchLimits
+from swarm_client import AutoDistributedModelForCausalLM, ClientConfig, DistributedCausalLM
+from swarm_client.generation.text_session import TextModel
 
-SESSIONS = (1, 2, 4, 8, 16)
+USERS = (1, 2, 4, 8, 16)
+IDLE_USERS = 32
+PREFILL_TOKENS = 1500
+CHUNK_TOKENS = BatchLimits().chunk_tokens
+CUTS = {"smollm2": (("0:30",), ("0:15", "15:30")), "bloom-560m": (("0:24",), ("0:12", "12:24"))}
+CLIENT = ClientConfig(host="127.0.0.1", relay=False)
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Measure and print the tables."""
+    if "--worker-only" in sys.argv:
+        sys.argv.remove("--worker-only")
+        worker_batching.main()
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=24, help="decoded in each session and round")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--lengths", default="16,128", help="the shortest and the longest prompt, in tokens")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=16, help="decoded by each user and round")
+    parser.add_argument("--models", default="smollm2,bloom-560m")
+    parser.add_argument("--users", default=",".join(str(number) for number in USERS))
+    parser.add_argument("--nodes", default="1,2")
+    parser.add_argument("--no-more", action="store_true", help="leave out the tables of idle sessions and prefills")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    checkpoint = open_checkpoint(str(find_model()))
-    runner = load_blocks(
-        checkpoint,
-        Span(0, checkpoint.num_blocks),
-        dtype=getattr(torch, options.dtype),
-        device=torch.device(options.device),
+    torch.set_num_threads(1)
+    print(describe_machine(), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.models.split(","):
+            source = str(find_model() if name == "smollm2" else save_bloom_560m(Path(folder)))
+            for spans in CUTS[name]:
+                if str(len(spans)) in options.nodes.split(","):
+                    _measure(name, source, spans, options)
+
+
+def _measure(name: str, source: str, spans: Sequence[str], options: argparse.Namespace) -> None:
+    with contextlib.ExitStack() as stack:
+        model = _serve(stack, source, spans)
+        text = model.text_model()
+        counts = [int(number) for number in options.users.split(",")]
+        users = [User(text, 16 + 112 * (2 * number + 1) // (2 * max(counts)), number) for number in range(max(counts))]
+        for user in users:
+            stack.callback(user.session.close)
+        found: dict[int, list[Together]] = {count: [] for count in counts}
+        for number in range(options.rounds + 1):
+            for count in counts:
+                # Spread over all prompts, so that the lengths are alike for every number of users.
+                chosen = users[(len(users) // count) // 2 :: len(users) // count][:count]
+                together = decode_together(chosen, options.tokens if number else 3)
+                if number:  # the first round warms up
+                    found[count].append(together)
+        _print_users(f"{name}, {len(spans)} node{'s' * (len(spans) > 1)}", found)
+        if len(spans) == 1 and not options.no_more:
+            for user in users:
+                user.session.close()
+            _print_idle(text, options)
+            _print_prefill(model, text, options)
+
+
+def _serve(stack: contextlib.ExitStack, source: str, spans: Sequence[str]) -> DistributedCausalLM:
+    threads = 2 if len(spans) == 1 else 1
+    common = ("--cache-tokens", "40000", "--threads", str(threads))
+    first = stack.enter_context(NodeProcess(source, spans[0], (), *common)).wait_until_online()
+    for span in spans[1:]:
+        stack.enter_context(NodeProcess(source, span, [first.address], *common)).wait_until_online()
+    model = AutoDistributedModelForCausalLM.from_pretrained(source, initial_peers=[first.address], config=CLIENT)
+    stack.callback(model.close)
+    return model
+
+
+def _print_users(title: str, found: dict[int, list[Together]]) -> None:
+    print(f"\n{title}\n")
+    print(
+        "| users | tokens/s, all | × one user, median of rounds | ms per token, median | 90 % |\n|---|---|---|---|---|"
     )
-    print(describe_machine())
-    asyncio.run(_measure(runner, options))
+    for count, rounds in found.items():
+        speed = statistics.median(each.tokens_per_s for each in rounds)
+        alone = next(iter(found.values()))
+        ratio = statistics.median(each.tokens_per_s / one.tokens_per_s for each, one in zip(rounds, alone, strict=True))
+        times = sorted(seconds for each in rounds for seconds in each.token_s)
+        print(
+            f"| {count} | {speed:.1f} | {ratio:.2f} | {statistics.median(times) * 1e3:.0f} "
+            f"| {times[len(times) * 9 // 10] * 1e3:.0f} |",
+            flush=True,
+        )
 
 
-async def _measure(runner: BlockRunner, options: argparse.Namespace) -> None:
-    worker = ComputeWorker(runner=runner, num_threads=options.threads)
-    shortest, longest = (int(length) for length in options.lengths.split(","))
-    speeds: dict[str, list[float]] = {"direct": []}
-    for number in range(options.rounds + 1):
-        direct = _direct(runner, (shortest + longest) // 2, options.tokens)
-        found = {"direct": direct}
-        for num_sessions in SESSIONS:
-            lengths = [shortest + (longest - shortest) * (2 * i + 1) // (2 * num_sessions) for i in range(num_sessions)]
-            found[str(num_sessions)] = await _batched(worker, runner, lengths, options.tokens)
-        if number:  # the first round warms up
-            for name, speed in found.items():
-                speeds.setdefault(name, []).append(speed)
-            print(f"round {number} of {options.rounds}", flush=True)
-    worker.close()
-    alone = statistics.median(speeds["1"])
-    print(f"\n{options.dtype}, {options.threads} threads, prompts of {shortest} to {longest} tokens\n")
-    print("| sessions | tokens/s, all | × one session |\n|---|---|---|")
-    for name, values in speeds.items():
-        print(f"| {name} | {statistics.median(values):.1f} | {statistics.median(values) / alone:.2f} |")
+def _print_idle(model: TextModel, options: argparse.Namespace) -> None:
+    active, ratios = User(model, 64, 0), []
+    for _ in range(options.rounds):
+        alone = decode_together([active], options.tokens).tokens_per_s
+        idle = [User(model, 2, number) for number in range(IDLE_USERS)]
+        ratios.append(decode_together([active], options.tokens).tokens_per_s / alone)
+        for user in idle:
+            user.session.close()
+    active.session.close()
+    spread = f"{min(ratios):.2f}–{max(ratios):.2f}"
+    print(f"\n{IDLE_USERS} open sessions that do nothing: {statistics.median(ratios):.2f} ({spread}) × one alone")
 
 
-def _random(runner: BlockRunner, num_tokens: int) -> torch.Tensor:
-    return torch.randn(1, num_tokens, runner.module.config.hidden_size)
+def _print_prefill(model: DistributedCausalLM, text: TextModel, options: argparse.Namespace) -> None:
+    """One user decodes while another's prompt is computed."""
+    user = User(text, 64, 0)
+    alone, during, prefills = [], [], []
+    for _ in range(options.rounds):
+        user.start_again()
+        alone += user.decode(options.tokens)
+        found: list[float] = []
+        is_done = threading.Event()
+        thread = threading.Thread(target=_decode_until, args=(user, is_done, found))
+        thread.start()
+        prefills.append(_prefill_s(model))
+        is_done.set()
+        thread.join()
+        during += found
+    user.session.close()
+    num_chunks = -(-PREFILL_TOKENS // CHUNK_TOKENS)
+    chunk_s, alone_s = statistics.median(prefills) / num_chunks, statistics.median(alone)
+    print(f"\na prefill of {PREFILL_TOKENS} tokens beside a user who decodes, ms per token of the latter:")
+    print(f"alone {alone_s * 1e3:.0f}; beside it median {statistics.median(during) * 1e3:.0f}, ", end="")
+    print(f"longest {max(during) * 1e3:.0f}; one of its {num_chunks} chunks takes {chunk_s * 1e3:.0f}", flush=True)
 
 
-def _direct(runner: BlockRunner, length: int, num_tokens: int) -> float:
-    cache = runner.new_cache(1, length + num_tokens)
-    with torch.inference_mode():
-        states = to_wire(runner.run_step(cache, _random(runner, length), 0, runner.span)[:, -1:])
-        started_s = time.perf_counter()
-        for position in range(length, length + num_tokens):
-            states = to_wire(runner.run_step(cache, from_wire(states), position, runner.span))
-    return num_tokens / (time.perf_counter() - started_s)
+def _decode_until(user: User, is_done: threading.Event, found: list[float]) -> None:
+    found += user.decode(MAX_LENGTH // 2, is_done.is_set)
 
 
-async def _batched(worker: ComputeWorker, runner: BlockRunner, lengths: list[int], num_tokens: int) -> float:
-    sessions = [await _open(worker, runner, length, num_tokens) for length in lengths]
-    started_s = time.perf_counter()
-    await asyncio.gather(*(_decode(worker, work, num_tokens) for work in sessions))
-    return len(lengths) * num_tokens / (time.perf_counter() - started_s)
-
-
-async def _open(worker: ComputeWorker, runner: BlockRunner, length: int, num_tokens: int) -> StepWork:
-    """Return a session's first decode step, its prompt being computed."""
-    cache = await worker.run(AllocateWork(runner.span, 1, length + num_tokens))
-    prompt = await worker.run(StepWork(cache, runner.span, 0, to_wire(_random(runner, length))))
-    return StepWork(cache, runner.span, length, _last(prompt.hidden_states))
-
-
-async def _decode(worker: ComputeWorker, work: StepWork, num_tokens: int) -> None:
-    for position in range(work.position, work.position + num_tokens):
-        output = await worker.run(StepWork(work.cache, work.blocks, position, work.hidden_states))
-        work = StepWork(work.cache, work.blocks, position, output.hidden_states)
-
-
-def _last(states: WireTensor) -> WireTensor:
-    return to_wire(from_wire(states)[:, -1:])
+def _prefill_s(model: DistributedCausalLM) -> float:
+    """Return how long a prompt is computed at the node."""
+    hidden_size = model.config.get_text_config().hidden_size
+    took_s = 0.0
+    with model.inference_session(max_length=PREFILL_TOKENS) as session, torch.inference_mode():
+        for part in (torch.randn(1, PREFILL_TOKENS, hidden_size) * 0.1).split(CLIENT.step_tokens, dim=1):
+            session.step(part)
+            took_s += session.last_timings[0].compute_s
+    return took_s
 
 
 if __name__ == "__main__":
