@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -67,21 +68,61 @@ def choose_together(
         if first._warpers is None:
             ids = own.argmax(dim=-1)
         else:
-            points = [choosers[row]._uniform(len(token_ids[row])) for row in rows_of_kind]
-            ids = _drawn(first._warpers(_NO_IDS, own), points)
+            uniforms = [choosers[row]._uniform(len(token_ids[row])) for row in rows_of_kind]
+            ids = _sampled(own, first._warpers, torch.tensor(uniforms, dtype=torch.double, device=own.device))
         for row, token_id in zip(rows_of_kind, ids.tolist(), strict=True):
             chosen[row] = token_id
     return chosen
 
 
+@dataclass(frozen=True, slots=True)
+class _Warpers:
+    """The processors of sampling, in the order in which transformers' `generate` applies them."""
+
+    before: LogitsProcessorList
+    nucleus: TopPLogitsWarper | None
+    after: LogitsProcessorList
+
+
 _NO_IDS = torch.empty(0, 0, dtype=torch.long)
 """For the processors that look at scores only."""
 
+_CANDIDATES = 256
+"""A nucleus is mostly among so many best tokens, and to find these takes 0.1 ms where transformers sorts the whole
+vocabulary: 5 ms for SmolLM2's 49,152 tokens and 27 ms for BLOOM's 250,880 (one thread)."""
 
-def _drawn(scores: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
-    """Return the id (rows,) that each row's uniform number in [0, 1) falls on."""
+_MARGIN = 1e-4
+"""By which the candidates' shares must exceed `top_p`, so that rounding does not matter."""
+
+
+def _sampled(scores: torch.Tensor, warpers: _Warpers, uniforms: torch.Tensor) -> torch.Tensor:
+    """Return the id (rows,) that each row's uniform number in [0, 1) falls on after the warpers."""
+    scores = warpers.before(_NO_IDS, scores)
+    if warpers.nucleus is None:
+        return _drawn(warpers.after(_NO_IDS, scores), uniforms)
+    top_p = warpers.nucleus.top_p
+    best = scores.topk(min(_CANDIDATES, scores.shape[1]), dim=-1)
+    shares = (best.values - scores.logsumexp(dim=-1, keepdim=True)).double().exp()
+    sums = shares.cumsum(dim=-1)
+    is_among = sums[:, -1] > top_p + _MARGIN
+    ids = torch.empty(scores.shape[0], dtype=torch.long, device=scores.device)
+    if is_among.any():
+        is_out = (sums - shares)[is_among] >= top_p
+        is_out[:, 0] = False
+        kept = best.values[is_among].masked_fill(is_out, -torch.inf)
+        # In the order of the vocabulary, so that a number falls on the token that it falls on among all.
+        by_id = best.indices[is_among].sort(dim=-1)
+        places = _drawn(warpers.after(_NO_IDS, kept.gather(-1, by_id.indices)), uniforms[is_among])
+        ids[is_among] = by_id.values.gather(-1, places[:, None])[:, 0]
+    if not is_among.all():
+        rest = warpers.after(_NO_IDS, warpers.nucleus(_NO_IDS, scores[~is_among]))
+        ids[~is_among] = _drawn(rest, uniforms[~is_among])
+    return ids
+
+
+def _drawn(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
-    points = torch.tensor(uniforms, dtype=torch.double, device=scores.device)[:, None] * cumulative[:, -1:]
+    points = uniforms[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, points, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
 
 
@@ -92,15 +133,13 @@ def _penalty(params: SamplingParams) -> RepetitionPenaltyLogitsProcessor | None:
     return RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
 
 
-def _warpers(params: SamplingParams) -> LogitsProcessorList:
-    """Return the processors of sampling in the order in which transformers' `generate` applies them."""
-    chosen = LogitsProcessorList()
+def _warpers(params: SamplingParams) -> _Warpers:
+    before, after = LogitsProcessorList(), LogitsProcessorList()
     if params.temperature not in (None, 1.0):
-        chosen.append(TemperatureLogitsWarper(params.temperature))
+        before.append(TemperatureLogitsWarper(params.temperature))
     if params.top_k:
-        chosen.append(TopKLogitsWarper(params.top_k))
-    if params.top_p is not None and params.top_p < 1.0:
-        chosen.append(TopPLogitsWarper(params.top_p))
+        before.append(TopKLogitsWarper(params.top_k))
+    nucleus = TopPLogitsWarper(params.top_p) if params.top_p is not None and params.top_p < 1.0 else None
     if params.min_p:
-        chosen.append(MinPLogitsWarper(params.min_p))
-    return chosen
+        after.append(MinPLogitsWarper(params.min_p))
+    return _Warpers(before, nucleus, after)
