@@ -59,7 +59,7 @@ def main() -> None:
     print(describe_machine(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models.split(","):
-            source = str(find_model() if name == "smollm2" else save_bloom_560m(Path(folder)))
+            source = str(find_model() if name == "smollm2" else save_bloom_560m(Path(folder) / "bloom-560m-shape"))
             for spans in CUTS[name]:
                 if str(len(spans)) in options.nodes.split(","):
                     _measure(name, source, spans, options)

@@ -10,7 +10,7 @@ END = "<end>"
 
 
 def save_bloom_560m(folder: Path) -> Path:
-    """Write a model of bloom-560m's shape into `folder`, which must be empty: 24 blocks, 1.1 GB in bfloat16.
+    """Write a model of bloom-560m's shape into the new `folder`: 24 blocks, 1.1 GB in bfloat16.
 
     Its tokenizer has a word for each token. Returns the folder.
     """

@@ -185,7 +185,6 @@ class ComputeWorker:
 
     def _gather(self) -> None:
         """Let the device thread begin, now or after a hold. It does not run now."""
-        self._held = None
         with self._lock:
             hold_s = self._hold_s()
         if hold_s > 0:
@@ -206,6 +205,10 @@ class ComputeWorker:
 
     def _start_turns(self) -> None:
         self._held = None
+        with self._lock:
+            self._is_turning = bool(self._tickets)  # what was held may be withdrawn, or the worker closed
+        if not self._is_turning:
+            return
         loop = asyncio.get_running_loop()
         self._turn = loop.run_in_executor(self._executor, self._take_turns)
         self._turn.add_done_callback(self._turns_ended)
@@ -237,7 +240,7 @@ class ComputeWorker:
                     return
                 is_held = has_run and self._hold_s() > 0
             if is_held:
-                next(iter(tickets.values())).waiter.get_loop().call_soon_threadsafe(self._gather)
+                _call_loop(tickets[min(tickets)], self._gather)
                 return
             has_run = True
             dropped = [ticket for ticket in tickets.values() if ticket.job.is_cancelled]
@@ -264,7 +267,8 @@ class ComputeWorker:
                 sessions = [id(ticket.job.work.cache) for ticket in finished if isinstance(ticket.job.work, StepWork)]
                 self._gathering.answered(sessions, now_s - started_s, now_s)
         if finished:
-            _tell_loop(finished)
+            # In one go, so that the sessions' next steps come together, too.
+            _call_loop(finished[0], _deliver, finished)
 
     async def _submit(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
@@ -288,12 +292,11 @@ class ComputeWorker:
         )
 
 
-def _tell_loop(finished: list[_Ticket]) -> None:
-    """Hand results to the loop in one go, so that the sessions' next steps come together, too."""
+def _call_loop(ticket: _Ticket, function: Callable[..., None], *args: object) -> None:
     try:
-        finished[0].waiter.get_loop().call_soon_threadsafe(_deliver, finished)
+        ticket.waiter.get_loop().call_soon_threadsafe(function, *args)
     except RuntimeError:
-        logger.debug("the loop ended before %d results came", len(finished))
+        logger.debug("the loop ended before its results came")
 
 
 def _deliver(finished: list[_Ticket]) -> None:
