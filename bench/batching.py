@@ -1,6 +1,6 @@
 """Tokens/s of several users at once through one node and through two, and the time per token that each of them sees.
 
-    python -m bench.batching [--rounds 3] [--tokens 16] [--models smollm2,bloom-560m] [--worker-only]
+    python -m bench.batching [--rounds 2] [--tokens 12] [--models smollm2,bloom-560m] [--worker-only]
 
 Nodes are processes as volunteers start them; the users are threads of one client process, as in the chat site, each
 with a text session of its own: prompts of 16 to 128 tokens, greedy, float32. The client has one thread for its head.
@@ -48,8 +48,8 @@ def main() -> None:
         worker_batching.main()
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=16, help="decoded by each user and round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=12, help="decoded by each user and round")
     parser.add_argument("--models", default="smollm2,bloom-560m")
     parser.add_argument("--users", default=",".join(str(number) for number in USERS))
     parser.add_argument("--nodes", default="1,2")
@@ -133,7 +133,7 @@ def _print_idle(model: TextModel, options: argparse.Namespace) -> None:
 def _print_prefill(model: DistributedCausalLM, text: TextModel, options: argparse.Namespace) -> None:
     """One user decodes while another's prompt is computed."""
     user = User(text, 64, 0)
-    alone, during, prefills = [], [], []
+    alone, during, chunks = [], [], []
     for _ in range(options.rounds):
         user.start_again()
         alone += user.decode(options.tokens)
@@ -141,31 +141,36 @@ def _print_prefill(model: DistributedCausalLM, text: TextModel, options: argpars
         is_done = threading.Event()
         thread = threading.Thread(target=_decode_until, args=(user, is_done, found))
         thread.start()
-        prefills.append(_prefill_s(model))
+        chunks += _chunk_s(model)
         is_done.set()
         thread.join()
         during += found
     user.session.close()
-    num_chunks = -(-PREFILL_TOKENS // CHUNK_TOKENS)
-    chunk_s, alone_s = statistics.median(prefills) / num_chunks, statistics.median(alone)
+    alone_s = statistics.median(alone)
     print(f"\na prefill of {PREFILL_TOKENS} tokens beside a user who decodes, ms per token of the latter:")
     print(f"alone {alone_s * 1e3:.0f}; beside it median {statistics.median(during) * 1e3:.0f}, ", end="")
-    print(f"longest {max(during) * 1e3:.0f}; one of its {num_chunks} chunks takes {chunk_s * 1e3:.0f}", flush=True)
+    shortest_s, longest_s = min(chunks), max(chunks)
+    print(
+        f"longest {max(during) * 1e3:.0f}; a chunk of {CHUNK_TOKENS} of its tokens takes "
+        f"{shortest_s * 1e3:.0f} to {longest_s * 1e3:.0f}",
+        flush=True,
+    )
 
 
 def _decode_until(user: User, is_done: threading.Event, found: list[float]) -> None:
     found += user.decode(MAX_LENGTH // 2, is_done.is_set)
 
 
-def _prefill_s(model: DistributedCausalLM) -> float:
-    """Return how long a prompt is computed at the node."""
+def _chunk_s(model: DistributedCausalLM) -> list[float]:
+    """Let the node compute a prompt; return how long a chunk of it took, from its beginning to its end."""
     hidden_size = model.config.get_text_config().hidden_size
-    took_s = 0.0
+    times: list[float] = []
     with model.inference_session(max_length=PREFILL_TOKENS) as session, torch.inference_mode():
         for part in (torch.randn(1, PREFILL_TOKENS, hidden_size) * 0.1).split(CLIENT.step_tokens, dim=1):
             session.step(part)
-            took_s += session.last_timings[0].compute_s
-    return took_s
+            # A step is no longer than the client cuts it: two chunks.
+            times.append(session.last_timings[0].compute_s * CHUNK_TOKENS / part.shape[1])
+    return times
 
 
 if __name__ == "__main__":
