@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from server_node.config import NodeLimits
+from server_node.rates import PeerRates
 from swarm_protocol.errors import (
     BlocksNotServedError,
     CacheFullError,
@@ -83,6 +84,9 @@ class Admission:
         self._streams: Counter[PeerId] = Counter()
         self._queued: Counter[PeerId] = Counter()
         self._held_bytes: Counter[PeerId] = Counter()
+        self.rates = PeerRates(
+            limits.peer_bytes_per_s, limits.peer_burst_bytes, limits.peer_messages_per_s, limits.peer_burst_messages
+        )
 
     @property
     def free_tokens(self) -> int:

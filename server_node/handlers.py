@@ -11,6 +11,7 @@ What a peer sends falls into three kinds of trouble:
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 
@@ -266,8 +267,11 @@ class NodeHandlers:
                     step.hidden_states,
                     step.row_order,
                     session.plan.max_tokens,
+                    owner=session.plan.peer_id,
                 )
             )
+            if math.prod(output.hidden_states.shape):
+                self._admission.rates.computed(session.plan.peer_id, _now_s())
             reply = StepReply(step.step_id, output.hidden_states, output.queue_s, output.compute_s)
             logger.debug("step %d of %s in %.4f s %s", step.step_id, output.hidden_states, output.compute_s, session)
         except SwarmError as error:
@@ -309,7 +313,7 @@ class NodeHandlers:
             blocks = self._admission.check_forward(request)
             self._admission.queue(link.peer_id)
             try:
-                output = await self._worker.run(ForwardWork(blocks, request.hidden_states))
+                output = await self._worker.run(ForwardWork(blocks, request.hidden_states, link.peer_id))
             finally:
                 self._work_ended(link.peer_id)
         except SwarmError as error:
@@ -318,6 +322,7 @@ class NodeHandlers:
         except Exception as error:
             bug = _internal(error, f"bug in a forward pass peer={short_peer(link.peer_id)}")
             return error_reply(bug, request.request_id)
+        self._admission.rates.computed(link.peer_id, _now_s())
         return ForwardReply(request.request_id, output.hidden_states)
 
 

@@ -33,6 +33,7 @@ class Link:
     def __init__(self, stream: FrameStream, admission: Admission, max_payload_bytes: int) -> None:
         self._stream = stream
         self._admission = admission
+        self._rates = admission.rates
         self._limits = admission.limits
         self._max_payload_bytes = max_payload_bytes
         self._assembler = MessageAssembler(WireLimits(max_payload_bytes))
@@ -48,6 +49,10 @@ class Link:
     def peer_id(self) -> PeerId:
         return self._stream.peer_id
 
+    def began(self) -> None:
+        """Count the stream itself, or a peer that opens one after the other would be within every rate."""
+        self._rates.message(self.peer_id, _now_s())
+
     def allow_payload(self, max_payload_bytes: int) -> None:
         """From the next message on, let in so much; what was let in before is complete."""
         self._max_payload_bytes = max_payload_bytes
@@ -56,30 +61,46 @@ class Link:
     async def receive(self, deadline: float | None) -> Message:
         """Return the next message.
 
-        Its memory counts as held for the peer until the next call. Raises TimeoutError if none begins before the loop's
-        clock shows `deadline`, StreamLostError at the end of the stream or if the rest of a message stays away or comes
-        too slowly, LimitExceededError if too much is held, and ProtocolError if this is no message that is let in.
+        Its memory counts as held for the peer until the next call. While the peer is over its rates nothing is read,
+        and no deadline comes closer. Raises TimeoutError if none begins before the loop's clock shows `deadline`,
+        StreamLostError at the end of the stream or if the rest of a message stays away or comes too slowly,
+        LimitExceededError if too much is held, and ProtocolError if this is no message that is let in.
         """
         self.let_go()
-        async with asyncio.timeout_at(deadline):
-            frame = await self._stream.receive()
+        waited_s = await self._until_within_rates()
+        async with asyncio.timeout_at(None if deadline is None else deadline + waited_s):
+            frame = await self._receive_frame()
         if self._is_broken:
             raise StreamLostError("the peer does not read its answers")
         message = self._assembler.feed(frame)
+        self._rates.message(self.peer_id, _now_s())
         return await self._rest(frame) if message is None else message
+
+    async def _receive_frame(self) -> bytes:
+        frame = await self._stream.receive()
+        self._rates.frame(self.peer_id, len(frame), _now_s())
+        return frame
+
+    async def _until_within_rates(self) -> float:
+        """Wait if the peer is over its rates, on whatever stream it sent too much; return for how long."""
+        wait_s = self._rates.wait_s(self.peer_id, _now_s())
+        if wait_s:
+            await asyncio.sleep(wait_s)
+        return wait_s
 
     async def _rest(self, frame: bytes) -> Message:
         """Return the message that begins with `frame`, once all of it is here."""
-        frame_s, now_s = self._limits.frame_s, asyncio.get_running_loop().time
-        began_s, message = now_s(), None
+        frame_s, began_s = self._limits.frame_s, _now_s()
+        message: Message | None = None
         for _ in range(_MAX_FRAMES):
             self._admission.hold(self.peer_id, len(frame))
             self._held_bytes += len(frame)
+            began_s += await self._until_within_rates()
             # Every frame may take its time, but not so that many small ones are slower than full ones.
             slowest_s = began_s + frame_s * (1 + self._held_bytes / MAX_FRAME_BYTES)
             try:
-                async with asyncio.timeout_at(min(now_s() + frame_s, slowest_s)):
-                    frame = await self._stream.receive()
+                async with asyncio.timeout_at(min(_now_s() + frame_s, slowest_s)):
+                    frame = await self._receive_frame()
             except TimeoutError:
                 raise StreamLostError(f"the rest of a message did not come at a frame in {frame_s:g} s") from None
             message = self._assembler.feed(frame)
@@ -157,12 +178,17 @@ def _payload_bytes(message: Message) -> int:
     return memoryview(message.hidden_states.data).nbytes if isinstance(message, StepReply | ForwardReply) else 0
 
 
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
 @asynccontextmanager
 async def open_link(link: Link) -> AsyncIterator[None]:
     """Serve `link`: what is posted inside is sent, the last of it on the way out, and then the stream is closed.
 
     Errors raised inside come out in an ExceptionGroup.
     """
+    link.began()
     try:
         async with asyncio.TaskGroup() as group:
             group.create_task(link.write(), name="link-writer")

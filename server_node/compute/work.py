@@ -10,6 +10,9 @@ from swarm_protocol.ids import PeerId
 from swarm_protocol.messages import WireTensor
 from swarm_protocol.spans import Span
 
+NOBODY = PeerId("")
+"""The owner of work that no peer asked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class AllocateWork:
@@ -18,13 +21,13 @@ class AllocateWork:
     blocks: Span
     batch_size: int
     max_tokens: int
-    owner: PeerId | None = None
+    owner: PeerId = NOBODY
     prefix: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """Run one step of a session over its cache; as `messages.Step`.
+    """Run one step of a session of `owner` over its cache; as `messages.Step`.
 
     `max_tokens` is how many tokens are reserved by now, None if still those of the allocation.
     """
@@ -35,14 +38,16 @@ class StepWork:
     hidden_states: WireTensor
     row_order: tuple[int, ...] | None = None
     max_tokens: int | None = None
+    owner: PeerId = NOBODY
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardWork:
-    """Run whole sequences through some blocks, without a cache."""
+    """Run whole sequences of `owner` through some blocks, without a cache."""
 
     blocks: Span
     hidden_states: WireTensor
+    owner: PeerId = NOBODY
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,11 +46,17 @@ class Job:
 
 
 class WorkRunner:
-    """Chooses among jobs and runs them on one span. Only the compute thread may use it."""
+    """Chooses among jobs and runs them on one span. Only the compute thread may use it.
 
-    def __init__(self, runner: BlockRunner, limits: BatchLimits | None = None) -> None:
+    `clock` is the one by which jobs are submitted, in seconds.
+    """
+
+    def __init__(
+        self, runner: BlockRunner, limits: BatchLimits | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._runner = runner
         self.prefixes = PrefixStore(0)
+        self._clock = clock
         self._scheduler = Scheduler(limits)
         self.batches = BatchRunner(runner)
         self.is_joining = False
@@ -61,15 +67,20 @@ class WorkRunner:
         self.is_joining = self.batches.joining is Joining.PADDED
 
     def next_batch(self, jobs: Sequence[Job]) -> Batch | None:
-        """Return what to run next of `jobs`, which are in order of arrival; None if there are none."""
-        num_decodes = sum(_kind(job.work) is Kind.DECODE for job in jobs)
+        """Return what to run next of `jobs`, which are in order of arrival; None if nothing may run for `wait_s`."""
+        num_decodes = sum(self._kind(job.work) is Kind.DECODE for job in jobs)
         if num_decodes > 1 and not self.is_joining:
             self.probe()
-        return self._scheduler.next_batch([self._describe(job, num_decodes > 1) for job in jobs])
+        return self._scheduler.next_batch([self._describe(job, num_decodes > 1) for job in jobs], self._clock())
+
+    @property
+    def wait_s(self) -> float:
+        """After `next_batch` gave None though there are jobs: in how many seconds to ask again."""
+        return self._scheduler.wait_s
 
     def run(self, jobs: Sequence[Job], batch: Batch) -> None:
         """Run the jobs of a batch. Each of them is finished then, or there is more of it to run."""
-        started_s = time.perf_counter()
+        started_s = self._clock()
         for job in jobs:
             if isinstance(job.work, StepWork) and job.work.max_tokens is not None:
                 job.work.cache.extend(job.work.max_tokens)
@@ -78,13 +89,17 @@ class WorkRunner:
                 self._run_decodes(jobs)
             else:
                 self._run_piece(jobs[0], batch.amount)
-        taken_s = time.perf_counter() - started_s
+                if self._runner.module.device.type == "cuda":
+                    # What a piece took counts for its peer, not for whoever waits for the device next.
+                    torch.cuda.synchronize(self._runner.module.device)
+        ended_s = self._clock()
         for job in jobs:
-            job.compute_s += taken_s
+            job.compute_s += ended_s - started_s
             if job.outputs and job.error is None and not self._is_more(job):
-                _conclude(job)
+                _conclude(job, self._clock)
                 if isinstance(job.work, StepWork) and batch.kind is Kind.PREFILL:
                     self._keep_prefix(job.work.cache)
+        self._scheduler.ended(self._clock())
 
     def drop(self, job: Job) -> None:
         """Forget what a prefill that nobody waits for any more has written to its cache."""
@@ -92,20 +107,48 @@ class WorkRunner:
             _forget(job.work)
 
     def _describe(self, job: Job, with_group: bool) -> Waiting:
-        work, kind = job.work, _kind(job.work)
+        work, kind = job.work, self._kind(job.work)
         if isinstance(work, AllocateWork):
-            return Waiting(job.arrival, kind)
+            return Waiting(job.arrival, kind, peer=work.owner, since_s=job.submitted_s)
         num_rows, num_tokens, _ = work.hidden_states.shape
         if isinstance(work, ForwardWork):
-            num_blocks = len(work.blocks) - job.num_done
-            return Waiting(job.arrival, kind, num_rows=num_rows, num_tokens=num_tokens, num_blocks=num_blocks)
+            return Waiting(
+                job.arrival,
+                kind,
+                num_rows=num_rows,
+                num_tokens=num_tokens,
+                num_blocks=len(work.blocks) - job.num_done,
+                peer=work.owner,
+                since_s=job.submitted_s,
+            )
         # The group of a single step does not matter, and finding it out may cost a probe.
         is_grouped = with_group and kind is Kind.DECODE
-        group = self.batches.group(work.cache, work.blocks, work.position) if is_grouped else None
-        left = num_tokens - job.num_done
         # The position matters where others have to be padded to it.
-        position = 0 if is_grouped and self.batches.pads_nothing else work.position
-        return Waiting(job.arrival, kind, id(work.cache), group, num_rows, left, position)
+        is_unpadded = is_grouped and self.batches.pads_nothing
+        return Waiting(
+            job.arrival,
+            kind,
+            id(work.cache),
+            self.batches.group(work.cache, work.blocks, work.position) if is_grouped else None,
+            num_rows,
+            num_tokens - job.num_done,
+            0 if is_unpadded else work.position,
+            peer=work.owner,
+            since_s=job.submitted_s,
+        )
+
+    def _kind(self, work: Work) -> Kind:
+        if isinstance(work, AllocateWork):
+            # Pages that are known are copied, and there may be as many as a prompt has.
+            return Kind.PREFILL if work.prefix else Kind.ALLOCATE
+        if isinstance(work, ForwardWork):
+            return Kind.FORWARD
+        num_rows, num_tokens, _ = work.hidden_states.shape
+        limits = self._scheduler.limits
+        # More rows than a batch has, or copying as many keys and values, costs what a piece costs.
+        is_wide = num_rows > limits.max_rows
+        is_copied = work.row_order is not None and num_rows * work.cache.capacity_tokens > limits.max_padded_tokens
+        return Kind.PREFILL if num_tokens > 1 or is_wide or is_copied else Kind.DECODE
 
     # decode steps
 
@@ -126,8 +169,7 @@ class WorkRunner:
             work = job.work
             if isinstance(work, AllocateWork):
                 cache = self._runner.new_cache(work.batch_size, work.max_tokens, work.blocks)
-                if work.owner is not None:
-                    self.prefixes.fill(cache, work.owner, work.prefix)
+                self.prefixes.fill(cache, work.owner, work.prefix)
                 job.result = cache
             elif job.states is None and not self._receive(job):
                 return
@@ -186,14 +228,6 @@ class WorkRunner:
         job.error = error
 
 
-def _kind(work: Work) -> Kind:
-    if isinstance(work, AllocateWork):
-        return Kind.ALLOCATE
-    if isinstance(work, ForwardWork):
-        return Kind.FORWARD
-    return Kind.DECODE if is_decode(work) else Kind.PREFILL
-
-
 def is_decode(work: StepWork) -> bool:
     """Return whether a step brings one token, or none."""
     return work.hidden_states.shape[1] <= 1
@@ -210,9 +244,9 @@ def _forget(work: StepWork) -> None:
     work.cache.rollback(min(work.position, work.cache.position))
 
 
-def _conclude(job: Job) -> None:
+def _conclude(job: Job, clock: Callable[[], float]) -> None:
     assert not isinstance(job.work, AllocateWork)
-    started_s = time.perf_counter()
+    started_s = clock()
     try:
         output = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs, dim=1)
         dtype: torch.dtype = getattr(torch, job.work.hidden_states.dtype)
@@ -222,7 +256,7 @@ def _conclude(job: Job) -> None:
             _forget(job.work)
         job.error = error
         return
-    ended_s = time.perf_counter()
+    ended_s = clock()
     job.compute_s += ended_s - started_s
     # Clocks may differ in their last digit from the sum of what they measured.
     job.result = Computed(states, max(0.0, ended_s - job.submitted_s - job.compute_s), job.compute_s)

@@ -76,7 +76,8 @@ class ComputeWorker:
     """The device thread of a node, as the event loop sees it.
 
     `executor` runs one thing at a time, in order; tests pass one that does it at once. `num_threads` is how many
-    threads torch may use on a CPU, None for its own choice. `max_queued` bounds the work that waits or runs.
+    threads torch may use on a CPU, None for its own choice. `max_queued` bounds the work that waits or runs. `clock` is
+    in seconds and must not go back.
     """
 
     def __init__(
@@ -87,12 +88,14 @@ class ComputeWorker:
         num_threads: int | None = None,
         max_queued: int = 512,
         limits: BatchLimits | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self._clock = clock
         self._executor = executor or ThreadPoolExecutor(
             1, thread_name_prefix=DEVICE_THREAD, initializer=_use_threads, initargs=(num_threads,)
         )
         self._limits = limits
-        self._runner = WorkRunner(runner, limits) if runner is not None else None
+        self._runner = WorkRunner(runner, limits, clock) if runner is not None else None
         self._max_queued = max_queued
         self._num_queued = 0
         self._num_submitted = 0
@@ -104,6 +107,7 @@ class ComputeWorker:
         # The loop's own: what runs, and the end of a hold.
         self._turn: asyncio.Future[None] | None = None
         self._held: asyncio.TimerHandle | None = None
+        self._next_look: asyncio.TimerHandle | None = None
 
     async def open_model(
         self, source: str, *, revision: str | None, cache_dir: str | None, device: str, dtype: str
@@ -137,9 +141,7 @@ class ComputeWorker:
             raise LimitExceededError(f"{self._num_queued} steps wait for this node's device, which is the limit")
         self._num_queued += 1
         self._num_submitted += 1
-        ticket = _Ticket(
-            Job(self._num_submitted, work, time.perf_counter()), asyncio.get_running_loop().create_future()
-        )
+        ticket = _Ticket(Job(self._num_submitted, work, self._clock()), asyncio.get_running_loop().create_future())
         try:
             self._enqueue(ticket)
             return await ticket.waiter
@@ -151,6 +153,8 @@ class ComputeWorker:
         """Drop what waits; what runs ends by itself."""
         if self._held is not None:
             self._held.cancel()
+        if self._next_look is not None:
+            self._next_look.cancel()
         with self._lock:
             dropped = list(self._tickets.values())
             self._tickets.clear()
@@ -201,7 +205,19 @@ class ComputeWorker:
                 return 0.0
             waiting.setdefault(id(work.cache), ticket.job.submitted_s)
         is_joining = self._runner is not None and self._runner.is_joining
-        return self._gathering.hold_s(waiting, time.perf_counter()) if is_joining else 0.0
+        return self._gathering.hold_s(waiting, self._clock()) if is_joining else 0.0
+
+    def _look_again_in(self, wait_s: float) -> None:
+        if self._next_look is not None:
+            self._next_look.cancel()
+        self._next_look = asyncio.get_running_loop().call_later(wait_s, self._look_again)
+
+    def _look_again(self) -> None:
+        with self._lock:
+            if self._is_turning or not self._tickets:
+                return
+            self._is_turning = True
+        self._start_turns()
 
     def _start_turns(self) -> None:
         self._held = None
@@ -240,22 +256,34 @@ class ComputeWorker:
                     return
                 is_held = has_run and self._hold_s() > 0
             if is_held:
-                _call_loop(tickets[min(tickets)], self._gather)
+                _call_on(tickets[min(tickets)].waiter.get_loop(), self._gather)
                 return
             has_run = True
             dropped = [ticket for ticket in tickets.values() if ticket.job.is_cancelled]
             batch = runner.next_batch([ticket.job for ticket in tickets.values() if not ticket.job.is_cancelled])
             chosen = [tickets[arrival] for arrival in batch.arrivals] if batch else []
-            started_s = time.perf_counter()
+            started_s = self._clock()
             if batch:
                 runner.run([ticket.job for ticket in chosen], batch)
                 logger.debug("ran %d of %d that wait: %s", len(chosen), len(tickets), batch.kind.value)
             self._put_away(runner, dropped, chosen, batch, started_s)
+            if not batch and not dropped and self._has_rested(tickets, runner.wait_s):
+                return
+
+    def _has_rested(self, tickets: dict[int, _Ticket], wait_s: float) -> bool:
+        """End the turns for `wait_s`, or until more work comes, unless it has come already."""
+        with self._lock:
+            if any(arrival not in tickets or ticket.job.is_cancelled for arrival, ticket in self._tickets.items()):
+                return False
+            self._is_turning = False
+        loop = next(iter(tickets.values())).waiter.get_loop()
+        _call_on(loop, self._look_again_in, wait_s)
+        return True
 
     def _put_away(
         self, runner: WorkRunner, dropped: list[_Ticket], ran: list[_Ticket], batch: Batch | None, started_s: float
     ) -> None:
-        now_s = time.perf_counter()
+        now_s = self._clock()
         finished = [ticket for ticket in ran if ticket.job.is_finished]
         dropped = dropped + [ticket for ticket in ran if ticket.job.is_cancelled and not ticket.job.is_finished]
         for ticket in dropped:
@@ -268,7 +296,7 @@ class ComputeWorker:
                 self._gathering.answered(sessions, now_s - started_s, now_s)
         if finished:
             # In one go, so that the sessions' next steps come together, too.
-            _call_loop(finished[0], _deliver, finished)
+            _call_on(finished[0].waiter.get_loop(), _deliver, finished)
 
     async def _submit(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
@@ -280,7 +308,7 @@ class ComputeWorker:
             )
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ConfigError(f"the blocks {span} do not fit into the memory of {device}: serve fewer") from error
-        self._runner = WorkRunner(runner, self._limits)
+        self._runner = WorkRunner(runner, self._limits, self._clock)
         # Asked here so that no session waits for the probe.
         self._runner.probe()
         config = runner.module.config
@@ -292,11 +320,11 @@ class ComputeWorker:
         )
 
 
-def _call_loop(ticket: _Ticket, function: Callable[..., None], *args: object) -> None:
+def _call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
     try:
-        ticket.waiter.get_loop().call_soon_threadsafe(function, *args)
+        loop.call_soon_threadsafe(function, *arguments)
     except RuntimeError:
-        logger.debug("the loop ended before its results came")
+        logger.debug("the loop ended before the device thread did")
 
 
 def _deliver(finished: list[_Ticket]) -> None:

@@ -11,14 +11,17 @@ import torch
 
 from server_node.compute.block_runner import BlockRunner
 from server_node.compute.kv_cache import KVCache
-from server_node.compute.scheduler import BatchLimits
+from server_node.compute.scheduler import BatchLimits, Kind
 from server_node.compute.work import AllocateWork, ForwardWork, StepWork
+from server_node.compute.work_runner import Job, WorkRunner
 from server_node.compute.worker import ComputeWorker
 from swarm_protocol.errors import InvalidTensorError, LimitExceededError, MaxLengthError
+from swarm_protocol.ids import PeerId
 from swarm_protocol.tensors import from_wire, to_wire
 from tests.node.node_scenario import HIDDEN, SPAN, tiny_span
 
 LIMITS = BatchLimits(chunk_tokens=4)
+PEER = PeerId("a peer")
 
 
 class Recorded:
@@ -233,3 +236,28 @@ async def test_a_bug_of_the_device_thread_reaches_everybody_who_waits(
     assert all(isinstance(result, TypeError) for result in results)
     await worker.run(step(caches[0], states(1), 0))
     worker.close()
+
+
+async def test_what_costs_as_much_as_a_piece_counts_as_one(recorded: Recorded) -> None:
+    limits = BatchLimits(chunk_tokens=4, max_rows=2, max_padded_tokens=150)
+    runner = WorkRunner(recorded.runner, limits)
+    wide, copied, small = (recorded.runner.new_cache(rows, 90) for rows in (3, 2, 2))
+    for cache, num_tokens in ((copied, 80), (small, 40)):
+        recorded.runner.run_step(cache, states(num_tokens, num_rows=2), 0, SPAN)
+    works = {
+        AllocateWork(SPAN, 1, 40, PEER): Kind.ALLOCATE,
+        AllocateWork(SPAN, 1, 640, PEER, (b"p" * 16,)): Kind.PREFILL,
+        StepWork(small, SPAN, 40, to_wire(states(1, num_rows=2)), (0, 0), owner=PEER): Kind.DECODE,
+        StepWork(copied, SPAN, 80, to_wire(states(1, num_rows=2)), owner=PEER): Kind.DECODE,
+        StepWork(copied, SPAN, 0, to_wire(states(1, num_rows=2)), (0, 0), owner=PEER): Kind.PREFILL,
+        StepWork(wide, SPAN, 0, to_wire(states(1, num_rows=3)), owner=PEER): Kind.PREFILL,
+    }
+    for work, kind in works.items():
+        job = Job(1, work, 0.0)
+        waiting = runner._describe(job, False)
+        assert (waiting.kind, waiting.peer) == (kind, PEER), work
+        batch = runner.next_batch([job])
+        assert batch is not None
+        runner.run([job], batch)
+        assert job.is_finished
+        assert job.error is None

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager
@@ -85,8 +86,8 @@ class InlineExecutor(Executor):
 class GatedWorker(ComputeWorker):
     """Does nothing while its gate is closed, and raises `bug` instead of computing if there is one."""
 
-    def __init__(self) -> None:
-        super().__init__(InlineExecutor(), runner=BlockRunner(tiny_span()))
+    def __init__(self, executor: Executor | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__(executor or InlineExecutor(), runner=BlockRunner(tiny_span()), clock=clock)
         self.gate = asyncio.Event()
         self.gate.set()
         self.bug: Exception | None = None
@@ -169,10 +170,10 @@ class Scenario:
 
 
 @asynccontextmanager
-async def serving_node(**limits: Any) -> AsyncIterator[Scenario]:
+async def serving_node(worker: GatedWorker | None = None, **limits: Any) -> AsyncIterator[Scenario]:
     network = MemoryNetwork()
     transport = network.transport()
-    worker = GatedWorker()
+    worker = worker or GatedWorker()
     announcer = Announcer(transport, network.identity(transport.peer_id).sign, node_record(transport))
     served = ServedSpan(MODEL, REVISION, SPAN, HIDDEN, "float32", CACHE_TOKENS)
     node = Node(transport, announcer, worker, served, replace(WHOLE_CACHE, **limits))
