@@ -176,6 +176,10 @@ class Admission:
         self.free_token_blocks -= num_tokens * of_one_token
         self._reserved[plan.peer_id] += num_tokens * of_one_token
 
+    def is_flooding(self, peer_id: PeerId, now_s: float) -> bool:
+        """Whether a peer that is over its rates opens more streams than it may have."""
+        return self._streams[peer_id] >= self.limits.max_streams_per_peer and self.rates.wait_s(peer_id, now_s) > 0
+
     @contextmanager
     def stream(self, peer_id: PeerId) -> Iterator[None]:
         """Count a stream of `peer_id` while it is served. Raises LimitExceededError."""

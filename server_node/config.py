@@ -63,14 +63,14 @@ class NodeLimits:
     max_queued_per_peer: int = 128
     """Steps and forward passes that wait or run; as many as sessions, since each has one step at a time."""
     max_queued: int = 512
-    peer_bytes_per_s: int = 64 * 1024 * 1024
-    """Read from one peer. A chat site's 128 sessions at 3 tokens/s of BLOOM-176B in float32 send a third of it, at 30
-    tokens/s of a small model all of it; its own uplink is mostly slower. Two cores take it in at 5 % of their time."""
+    peer_bytes_per_s: int = 32 * 1024 * 1024
+    """Read from one peer. A chat site's 128 sessions at 3 tokens/s of BLOOM-176B in float32 send two thirds of it, at
+    30 tokens/s of a small model nearly all of it; its own uplink is mostly slower."""
     peer_burst_bytes: int = 256 * 1024 * 1024
     """What it may send at once before that: prompts of 4,500 tokens of BLOOM-176B in float32."""
-    peer_messages_per_s: int = 200
-    """From one peer, of messages and new streams that make the device compute nothing: 60 sessions opened and closed a
-    second. Each costs the event loop 0.1 to 0.5 ms."""
+    peer_messages_per_s: int = 50
+    """From one peer, of messages and new streams that make the device compute nothing: 16 sessions opened and closed a
+    second. Each takes the event loop and the daemon 0.5 to 1.5 ms together."""
     peer_burst_messages: int = 1000
     """What it may send at once before that: a site's 128 sessions that open, resume or have a step each, and as many
     again; the steps are given back when they are computed."""

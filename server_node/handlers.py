@@ -19,6 +19,7 @@ from server_node.admission import Admission, SessionPlan
 from server_node.compute.work import AllocateWork, ForwardWork, StepWork
 from server_node.compute.worker import ComputeWorker
 from server_node.link import Link, open_link
+from server_node.rates import BROKEN_STREAM
 from server_node.sessions import Session, SessionTable
 from swarm_protocol.errors import (
     InternalError,
@@ -112,6 +113,9 @@ class NodeHandlers:
     async def _serve(
         self, stream: FrameStream, max_payload_bytes: int, conversation: Callable[[Link], Awaitable[None]]
     ) -> None:
+        if self._admission.is_flooding(stream.peer_id, _now_s()):
+            # Not even an answer: each would cost as much as what the limits spare.
+            return
         link = Link(stream, self._admission, max_payload_bytes)
         self._links.add(link)
         try:
@@ -136,6 +140,8 @@ class NodeHandlers:
             logger.debug("stream closed, nothing came peer=%s", peer)
         except SwarmError as error:
             logger.debug("stream refused: %s: %s peer=%s", error.code, error, peer)
+            if isinstance(error, ProtocolError):
+                self._admission.rates.message(link.peer_id, _now_s(), BROKEN_STREAM)
             link.post(error_reply(error))
         except Exception as error:
             link.post(error_reply(_internal(error, f"bug in a stream's handler peer={peer}")))

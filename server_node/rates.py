@@ -7,8 +7,11 @@ device compute nothing (openings, pings, steps that are refused) are tiny, and c
 
 from swarm_protocol.ids import PeerId
 
-FRAME_BYTES = 16 * 1024
+FRAME_BYTES = 8 * 1024
 """What a smaller frame counts as: handling one takes about as long as copying so much."""
+
+BROKEN_STREAM = 20
+"""Messages that a stream counts as which breaks the protocol: no honest peer does it twice a second."""
 
 _FORGET_ABOVE = 1024
 """Peers of whom something is kept, before those that have been quiet are forgotten; 200 bytes each."""
@@ -55,9 +58,9 @@ class PeerRates:
         """Count a frame that arrived."""
         self._of(peer, now_s)[0].take(max(num_bytes, FRAME_BYTES), now_s)
 
-    def message(self, peer: PeerId, now_s: float) -> None:
+    def message(self, peer: PeerId, now_s: float, count: int = 1) -> None:
         """Count a message, or a stream that was opened, until `computed` says that the device worked for it."""
-        self._of(peer, now_s)[1].take(1.0, now_s)
+        self._of(peer, now_s)[1].take(count, now_s)
 
     def computed(self, peer: PeerId, now_s: float) -> None:
         """A message that was counted made the device compute, which has bounds of its own."""

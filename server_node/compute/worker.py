@@ -10,6 +10,7 @@ some milliseconds (`gathering.py` says how long); the loop's timer ends that, or
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -41,6 +42,9 @@ DEVICE_THREAD = "device"
 """What the device thread's name starts with."""
 
 _NO_LIMIT = 1 << 62
+
+_SWITCH_S = 0.0005
+"""For the event loop to leave the interpreter to the device thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,7 @@ class ComputeWorker:
     ) -> None:
         self._clock = clock
         self._executor = executor or ThreadPoolExecutor(
-            1, thread_name_prefix=DEVICE_THREAD, initializer=_use_threads, initargs=(num_threads,)
+            1, thread_name_prefix=DEVICE_THREAD, initializer=_begin_device_thread, initargs=(num_threads,)
         )
         self._limits = limits
         self._runner = WorkRunner(runner, limits, clock) if runner is not None else None
@@ -349,7 +353,10 @@ def _open_model(source: str, revision: str | None, cache_dir: str | None, device
     return OpenedModel(checkpoint, chosen, target.type, block_bytes, free_memory_bytes(target))
 
 
-def _use_threads(num_threads: int | None) -> None:
+def _begin_device_thread(num_threads: int | None) -> None:
+    # A forward asks for the interpreter at each of its thousand operations. An event loop that is kept busy by somebody
+    # gives it up only so often: with Python's 5 ms a flood of new streams made a step of 55 ms take 1 to 2 s.
+    sys.setswitchinterval(_SWITCH_S)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
 

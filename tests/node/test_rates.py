@@ -15,6 +15,7 @@ from swarm_protocol.messages import COMPUTE_PROTOCOL, CloseSession, ErrorReply, 
 from swarm_protocol.tensors import to_wire
 from tests.node.node_scenario import (
     Conversation,
+    assert_error,
     assert_output,
     forward,
     local_output,
@@ -197,3 +198,32 @@ async def test_a_flood_that_reads_nothing_and_ends_leaves_nothing():
         await other.stream.close()
         await asyncio.sleep(120)
         await node.assert_clean()
+
+
+@virtual
+async def test_more_streams_than_a_peer_may_have_get_no_answer_while_it_is_over_its_rates():
+    async with serving_node(peer_messages_per_s=10, peer_burst_messages=20, max_streams_per_peer=3) as node:
+        peer = node.network.transport()
+        talks = [await node.dial(peer) for _ in range(3)]
+        refused = await node.dial(peer)
+        assert_error(await refused.receive(), "limit_exceeded")
+        for _ in range(30):
+            talks.append(await node.dial(peer))
+        with pytest.raises(StreamLostError):
+            await talks[-1].receive()
+        for talk in talks:
+            await talk.stream.close()
+        await asyncio.sleep(10)
+        await node.assert_clean()
+
+
+@virtual
+async def test_breaking_the_protocol_again_and_again_slows_a_peer_down():
+    async with serving_node(peer_messages_per_s=10, peer_burst_messages=50) as node:
+        peer = node.network.transport()
+        for _ in range(10):
+            talk = await node.dial(peer)
+            await talk.stream.send([b"nonsense"])
+            assert_error(await talk.receive(), "malformed_frame")
+        # 22 messages each, less the burst, and the last one is overdrawn.
+        assert now_s() == pytest.approx((9 * 22 + 1 - 50) / 10, rel=0.1)
