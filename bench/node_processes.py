@@ -31,6 +31,11 @@ class NodeProcess:
         self.online = ""
         self.address = ""
 
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
     def wait_until_online(self) -> "NodeProcess":
         """Return when the node serves. Raises AssertionError if it ends before."""
         deadline_s = time.monotonic() + START_TIMEOUT_S
