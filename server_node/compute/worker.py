@@ -190,6 +190,9 @@ class ComputeWorker:
             # Once pieces of it have run, the device thread has to clean up after it.
             if not ticket.job.num_done:
                 self._tickets.pop(ticket.job.arrival, None)
+            is_left_over = ticket.job.arrival in self._tickets and not self._is_turning
+        if is_left_over:
+            self._look_again()
 
     def _gather(self) -> None:
         """Let the device thread begin, now or after a hold. It does not run now."""

@@ -4,12 +4,14 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from server_node.compute.block_runner import BlockRunner
+from server_node.compute.device_shares import ShareLimits
 from server_node.compute.kv_cache import KVCache
 from server_node.compute.scheduler import BatchLimits, Kind
 from server_node.compute.work import AllocateWork, ForwardWork, StepWork
@@ -21,7 +23,7 @@ from swarm_protocol.tensors import from_wire, to_wire
 from tests.node.node_scenario import HIDDEN, SPAN, tiny_span
 
 LIMITS = BatchLimits(chunk_tokens=4)
-PEER = PeerId("a peer")
+PEER, OTHER = PeerId("a peer"), PeerId("another")
 
 
 class Recorded:
@@ -236,6 +238,40 @@ async def test_a_bug_of_the_device_thread_reaches_everybody_who_waits(
     assert all(isinstance(result, TypeError) for result in results)
     await worker.run(step(caches[0], states(1), 0))
     worker.close()
+
+
+async def test_work_that_is_held_goes_on_by_itself_and_is_dropped_when_it_is_cancelled(recorded: Recorded) -> None:
+    executor = ManualExecutor()
+    limits = replace(LIMITS, small_chunk_tokens=2, shares=ShareLimits(burst_s=0.0, share=1e-3, active_s=1.0))
+    worker = ComputeWorker(executor, runner=recorded.runner, limits=limits)
+    held, other = recorded.runner.new_cache(1, 40), recorded.runner.new_cache(1, 40)
+    prefill = asyncio.create_task(worker.run(StepWork(held, SPAN, 0, to_wire(states(6)), owner=PEER)))
+    await worker_step(worker, executor, other)
+    assert [tokens for _, tokens, _ in recorded.forwards] == [4, 1]
+    assert held.position == 4
+    prefill.cancel()
+    await asyncio.wait([prefill])
+    executor.go()
+    assert not worker._tickets
+    assert held.position == 0
+    # It still owes. After a second without others' steps it goes on, though nobody submits anything.
+    prefill = asyncio.create_task(worker.run(StepWork(held, SPAN, 0, to_wire(states(6)), owner=PEER)))
+    await asyncio.sleep(0.01)
+    executor.go()
+    assert held.position == 0
+    await asyncio.sleep(1.1)
+    executor.go()
+    await prefill
+    assert held.position == 6
+    worker.close()
+
+
+async def worker_step(worker: ComputeWorker, executor: ManualExecutor, cache: KVCache) -> None:
+    """Run what waits together with a step of another peer."""
+    task = asyncio.create_task(worker.run(StepWork(cache, SPAN, 0, to_wire(states(1)), owner=OTHER)))
+    await asyncio.sleep(0.01)
+    executor.go()
+    await task
 
 
 async def test_what_costs_as_much_as_a_piece_counts_as_one(recorded: Recorded) -> None:
