@@ -30,6 +30,13 @@ class FrameStream(Protocol):
         Raises StreamLostError if the stream ended; FrameTooLargeError if the frame is empty or above MAX_FRAME_BYTES.
         """
 
+    def send_now(self, parts: Sequence[Buffer]) -> bool:
+        """Send one frame if nothing has to be waited for; False, and nothing is sent, if something has.
+
+        The parts must not be changed any more. Not while a `send` waits, or the frames change their order. Raises as
+        `send` does.
+        """
+
     async def receive(self) -> bytes:
         """Return the next frame.
 

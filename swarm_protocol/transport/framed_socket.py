@@ -84,6 +84,23 @@ class FramedSocket(asyncio.BufferedProtocol):
 
         Whole frames are queued at once, so that several tasks may send.
         """
+        self._write(parts)
+        if not self._is_writing_paused:
+            return
+        try:
+            await self._until_writable()
+        except asyncio.CancelledError:
+            self.abort()  # the parts belong to the caller again, and the kernel has only half of them
+            raise
+
+    def send_now(self, parts: Sequence[Buffer]) -> bool:
+        """Send one frame if the kernel has taken all of those before it."""
+        if self._is_writing_paused:
+            return False
+        self._write(parts)
+        return True
+
+    def _write(self, parts: Sequence[Buffer]) -> None:
         views = [memoryview(part).cast("B") for part in parts]
         size = sum(len(view) for view in views)
         if not 0 < size <= MAX_FRAME_BYTES:
@@ -100,13 +117,6 @@ class FramedSocket(asyncio.BufferedProtocol):
         if self._transport.is_closing():  # a write failed; asyncio says so only in the next turn of the loop
             self._finish(StreamLostError("the stream broke"))
             self._raise_if_ended()
-        if not self._is_writing_paused:
-            return
-        try:
-            await self._until_writable()
-        except asyncio.CancelledError:
-            self.abort()  # the parts belong to the caller again, and the kernel has only half of them
-            raise
 
     async def receive(self) -> bytes:
         """Return the next frame; one task at a time may wait. Cancelling loses nothing: frames leave the queue here."""
@@ -307,6 +317,10 @@ class FramedStream:
     async def send(self, parts: Sequence[Buffer]) -> None:
         """Send one frame; several tasks may."""
         await self._socket.send(parts)
+
+    def send_now(self, parts: Sequence[Buffer]) -> bool:
+        """Send one frame if nothing has to be waited for."""
+        return self._socket.send_now(parts)
 
     async def receive(self) -> bytes:
         """Return the next frame; one task at a time."""

@@ -86,16 +86,28 @@ class MemoryStream:
 
     async def send(self, parts: Sequence[Buffer]) -> None:
         """Send one frame; waits while the window is full. Cancelling it ends the stream, as the contract says."""
-        frame = b"".join(parts)
-        if not 0 < len(frame) <= MAX_FRAME_BYTES:
-            raise FrameTooLargeError("frame", len(frame), MAX_FRAME_BYTES)
+        frame = _checked(parts)
         try:
-            while not self.is_ended and 0 < self.other._unread_bytes > self._link.window_bytes - len(frame):
+            while self._is_full(frame):
                 await self._until_changed()
         except asyncio.CancelledError:
             self.end("a send was cancelled")
             self.other.arrive_later(None, self._link.arrival_s(asyncio.get_running_loop().time(), 0))
             raise
+        self._put(frame)
+
+    def send_now(self, parts: Sequence[Buffer]) -> bool:
+        """Send one frame if the window has room for it."""
+        frame = _checked(parts)
+        if self._is_full(frame):
+            return False
+        self._put(frame)
+        return True
+
+    def _is_full(self, frame: bytes) -> bool:
+        return not self.is_ended and 0 < self.other._unread_bytes > self._link.window_bytes - len(frame)
+
+    def _put(self, frame: bytes) -> None:
         self._raise_if_ended()
         self._burn_fuse()
         arrival_s = self._link.arrival_s(asyncio.get_running_loop().time(), len(frame))
@@ -188,6 +200,13 @@ class MemoryStream:
         for waiter in self._waiting:
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def _checked(parts: Sequence[Buffer]) -> bytes:
+    frame = b"".join(parts)
+    if not 0 < len(frame) <= MAX_FRAME_BYTES:
+        raise FrameTooLargeError("frame", len(frame), MAX_FRAME_BYTES)
+    return frame
 
 
 def connect(one: MemoryStream, other: MemoryStream) -> None:

@@ -74,6 +74,28 @@ async def test_parts_make_one_frame_of_any_kind_of_buffer(pair: Pair):
         assert await far.receive() == b"head-" + b"body" * 50_000
 
 
+async def test_a_frame_is_sent_now_unless_something_has_to_be_waited_for(pair: Pair):
+    async with both_ends(pair.first, pair.second, "now") as (near, far):
+        assert near.send_now([b"one ", b"frame"])
+        assert await far.receive() == b"one frame"
+        num_sent = 0
+        while num_sent < 1000 and near.send_now([bytes(100_000)]):
+            num_sent += 1
+        assert 0 < num_sent < 1000
+        sending = asyncio.create_task(near.send([b"last"]))
+        for _ in range(num_sent):
+            assert len(await far.receive()) == 100_000
+        assert await far.receive() == b"last"
+        await sending
+        assert near.send_now([b"again"])
+        assert await far.receive() == b"again"
+        with pytest.raises(FrameTooLargeError):
+            near.send_now([])
+        await near.close()
+        with pytest.raises(StreamLostError):
+            near.send_now([b"late"])
+
+
 async def test_parts_may_be_changed_once_they_are_sent(pair: Pair):
     async with both_ends(pair.first, pair.second, "reuse") as (near, far):
         buffer = bytearray(b"a" * 1_000_000)
