@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar, overload
 
 import torch
 
 from server_node.compute.block_loader import load_blocks, module_bytes
 from server_node.compute.block_runner import BlockRunner
+from server_node.compute.device import free_memory_bytes, usable_device
 from server_node.compute.gathering import Gathering
 from server_node.compute.kv_cache import KVCache, kv_bytes_per_token
 from server_node.compute.scheduler import Batch, BatchLimits, Kind
@@ -40,8 +40,6 @@ T = TypeVar("T")
 
 DEVICE_THREAD = "device"
 """What the device thread's name starts with."""
-
-_NO_LIMIT = 1 << 62
 
 _SWITCH_S = 0.0005
 """For the event loop to leave the interpreter to the device thread."""
@@ -364,42 +362,8 @@ def _begin_device_thread(num_threads: int | None) -> None:
         torch.set_num_threads(num_threads)
 
 
-def usable_device(device: str) -> torch.device:
-    """Return the torch device called `device`. Raises ConfigError if this machine has none such."""
-    try:
-        target = torch.device(device)
-        if target.type == "meta":
-            raise NotImplementedError("it holds no values")
-        torch.empty(1, device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {device!r} cannot be used here: {reason}") from error
-    return target
-
-
 def _chosen_dtype(dtype: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         chosen: torch.dtype = getattr(torch, dtype)
         return chosen
     return torch.float32 if device.type == "cpu" else checkpoint.dtype
-
-
-def free_memory_bytes(device: torch.device) -> int:
-    """Return the memory that new tensors on `device` can take. Raises ConfigError where nothing tells."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        import psutil
-    except ImportError as error:
-        raise ConfigError("how much memory is free is unknown without psutil: pip install 'umbel[node]'") from error
-    return min(int(psutil.virtual_memory().available), _container_memory_bytes())
-
-
-def _container_memory_bytes() -> int:
-    """Return what is left of the container's own limit (cgroup v2), which the machine's figures do not know."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii").strip()
-        return max(0, int(limit) - int(used)) if limit != "max" else _NO_LIMIT
-    except (OSError, ValueError):
-        return _NO_LIMIT

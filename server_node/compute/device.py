@@ -1,0 +1,43 @@
+"""What a device is good for: whether it can be used here, and how much memory is free on it."""
+
+from pathlib import Path
+
+import torch
+
+from swarm_protocol.errors import ConfigError
+
+_NO_LIMIT = 1 << 62
+
+
+def usable_device(device: str) -> torch.device:
+    """Return the torch device called `device`. Raises ConfigError if this machine has none such."""
+    try:
+        target = torch.device(device)
+        if target.type == "meta":
+            raise NotImplementedError("it holds no values")
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {device!r} cannot be used here: {reason}") from error
+    return target
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Return the memory that new tensors on `device` can take. Raises ConfigError where nothing tells."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        import psutil
+    except ImportError as error:
+        raise ConfigError("how much memory is free is unknown without psutil: pip install 'umbel[node]'") from error
+    return min(int(psutil.virtual_memory().available), _container_memory_bytes())
+
+
+def _container_memory_bytes() -> int:
+    """Return what is left of the container's own limit (cgroup v2), which the machine's figures do not know."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii").strip()
+        return max(0, int(limit) - int(used)) if limit != "max" else _NO_LIMIT
+    except (OSError, ValueError):
+        return _NO_LIMIT
