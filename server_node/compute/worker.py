@@ -188,7 +188,7 @@ class ComputeWorker:
             # Once pieces of it have run, the device thread has to clean up after it.
             if not ticket.job.num_done:
                 self._tickets.pop(ticket.job.arrival, None)
-            is_left_over = ticket.job.arrival in self._tickets and not self._is_turning
+            is_left_over = ticket.job.arrival in self._tickets
         if is_left_over:
             self._look_again()
 
@@ -219,10 +219,9 @@ class ComputeWorker:
 
     def _look_again(self) -> None:
         with self._lock:
-            if self._is_turning or not self._tickets:
-                return
-            self._is_turning = True
-        self._start_turns()
+            is_idle, self._is_turning = not self._is_turning, True
+        if is_idle:
+            self._start_turns()
 
     def _start_turns(self) -> None:
         self._held = None
@@ -230,8 +229,7 @@ class ComputeWorker:
             self._is_turning = bool(self._tickets)  # what was held may be withdrawn, or the worker closed
         if not self._is_turning:
             return
-        loop = asyncio.get_running_loop()
-        self._turn = loop.run_in_executor(self._executor, self._take_turns)
+        self._turn = asyncio.get_running_loop().run_in_executor(self._executor, self._take_turns)
         self._turn.add_done_callback(self._turns_ended)
 
     def _turns_ended(self, turn: "asyncio.Future[None]") -> None:
@@ -355,8 +353,8 @@ def _open_model(source: str, revision: str | None, cache_dir: str | None, device
 
 
 def _begin_device_thread(num_threads: int | None) -> None:
-    # A forward asks for the interpreter at each of its thousand operations. An event loop that is kept busy by somebody
-    # gives it up only so often: with Python's 5 ms a flood of new streams made a step of 55 ms take 1 to 2 s.
+    # A forward asks for the interpreter at each of its thousand operations, which a busy event loop gives up only so
+    # often: with Python's own 5 ms a flood of new streams made a step of 55 ms take 1 to 2 s.
     sys.setswitchinterval(_SWITCH_S)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
