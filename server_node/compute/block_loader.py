@@ -7,6 +7,7 @@ import torch
 
 from server_node.compute.block_runner import BlockRunner
 from swarm_protocol.model.checkpoint import Checkpoint, Progress
+from swarm_protocol.model.few_rows import speed_up
 from swarm_protocol.model.parts import load_span
 from swarm_protocol.spans import Span
 
@@ -23,13 +24,16 @@ def load_blocks(
 ) -> BlockRunner:
     """Return a runner of `span` on `device`; `dtype` None is the checkpoint's own.
 
-    Blocks for as long as reading takes; only the compute thread may call it. Raises as `load_span` does.
+    Linear layers are measured and made fast for decode steps. Blocks for as long as that and reading take; only the
+    compute thread may call it. Raises as `load_span` does.
     """
     started_s = time.monotonic()
     module = load_span(checkpoint, span, dtype=dtype or checkpoint.dtype, device=device, progress=progress)
     size_bytes = module_bytes(module)
+    num_faster = speed_up(module)
     taken_s = time.monotonic() - started_s
     _log.info("loaded %s, %.1f MB in %.1f s blocks=%s", checkpoint.name, size_bytes / 1e6, taken_s, span)
+    _log.info("linear layers that multiply few rows in another way: %d blocks=%s", num_faster, span)
     return BlockRunner(module)
 
 

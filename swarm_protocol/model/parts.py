@@ -25,6 +25,7 @@ from swarm_protocol.model.anatomy import (
     without_edges,
 )
 from swarm_protocol.model.checkpoint import Checkpoint, Progress
+from swarm_protocol.model.few_rows import speed_up
 from swarm_protocol.model.tensor_loading import TensorLoader
 from swarm_protocol.spans import Span
 
@@ -91,6 +92,7 @@ def build_client_model(
     setattr(decoder, anatomy.blocks, nn.ModuleList())
     weights.load(model, device, None)
     weights.finish(model, device, made_outside=anatomy.decoder if model_class else None)
+    speed_up(model)  # the head; before the blocks are in, which are not this function's to change
     setattr(decoder, anatomy.blocks, nn.ModuleList([slot]))
     slot.returns_tuple = probe_block_result(without_edges(decoder, anatomy), anatomy, dtype, device)
     model.generation_config = checkpoint.generation_config()
