@@ -6,12 +6,17 @@ import time
 import torch
 
 from server_node.compute.block_runner import BlockRunner
+from server_node.compute.device import free_memory_bytes
+from server_node.compute.packed_linears import pack_linears, packed_bytes
 from swarm_protocol.model.checkpoint import Checkpoint, Progress
 from swarm_protocol.model.few_rows import speed_up
 from swarm_protocol.model.parts import load_span
 from swarm_protocol.spans import Span
 
 _log = logging.getLogger(__name__)
+
+PLENTIFUL_SHARE = 0.25
+"""Of the memory that is free once a span is loaded: if its weights take no more, they may be there in two layouts."""
 
 
 def load_blocks(
@@ -30,13 +35,16 @@ def load_blocks(
     started_s = time.monotonic()
     module = load_span(checkpoint, span, dtype=dtype or checkpoint.dtype, device=device, progress=progress)
     size_bytes = module_bytes(module)
+    # A CPU's memory is rarely what is short where a small span was asked for.
+    keeps_plain = device.type == "cpu" and size_bytes <= PLENTIFUL_SHARE * free_memory_bytes(device)
+    num_packed = pack_linears(module, keeps_plain=keeps_plain)
     num_faster = speed_up(module)
     taken_s = time.monotonic() - started_s
-    _log.info("loaded %s, %.1f MB in %.1f s blocks=%s", checkpoint.name, size_bytes / 1e6, taken_s, span)
-    _log.info("linear layers that multiply few rows in another way: %d blocks=%s", num_faster, span)
+    _log.info("loaded %s, %.1f MB in %.1f s blocks=%s", checkpoint.name, module_bytes(module) / 1e6, taken_s, span)
+    _log.info("linear layers: %d packed, %d more with ways of their own blocks=%s", num_packed, num_faster, span)
     return BlockRunner(module)
 
 
 def module_bytes(module: torch.nn.Module) -> int:
     """Return the size in bytes of a module's weights and buffers."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) + packed_bytes(module)

@@ -8,8 +8,9 @@ so it is measured where the layers are loaded. The weights stay as they are and 
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -89,12 +90,12 @@ def speed_up(module: nn.Module) -> int:
         (parent, name, child)
         for parent in module.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and _is_eligible(child)
+        if type(child) is nn.Linear and is_eligible(child)
     ]
     by_shape: dict[tuple[int, ...], list[torch.Tensor]] = defaultdict(list)
     for _, _, child in layers:
         by_shape[tuple(child.weight.shape)].append(child.weight)
-    ways = {shape: _fastest_ways(weights) for shape, weights in by_shape.items()}
+    ways = {shape: fastest_ways(weights) for shape, weights in by_shape.items()}
     num_replaced = 0
     for parent, name, child in layers:
         chosen = ways[tuple(child.weight.shape)]
@@ -104,15 +105,16 @@ def speed_up(module: nn.Module) -> int:
     return num_replaced
 
 
-def _is_eligible(linear: nn.Linear) -> bool:
+def is_eligible(linear: nn.Linear) -> bool:
+    """Whether a layer is large enough, and of the device and dtype."""
     weight = linear.weight
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= _MIN_WEIGHTS
 
 
-def _fastest_ways(weights: Sequence[torch.Tensor]) -> dict[int, Way]:
+def fastest_ways(weights: Sequence[torch.Tensor]) -> dict[int, Way]:
     """Return for each number of rows the way that gains most over torch's own, if one does."""
     with torch.inference_mode():
-        sample = _sample(weights)
+        sample = sample_of(weights)
         found = {num_rows: _fastest(sample, num_rows) for num_rows in (1, 2, 3, 4, 6, 8)}
     # Not measured: they go with one row more.
     found |= {5: found[6], 7: found[8]}
@@ -123,7 +125,8 @@ def _widened(way: Way, num_rows: int) -> Way:
     return Way(max(way.num_rows, num_rows), way.is_weight_first)
 
 
-def _sample(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def sample_of(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return so many of `weights`, all of one shape, as are enough to measure with."""
     width = weights[0].shape[1]
     sample, left = [], _SAMPLE_BYTES // (4 * width)
     for weight in weights:
@@ -140,21 +143,27 @@ def _fastest(sample: Sequence[torch.Tensor], num_rows: int) -> Way | None:
     plain = Way(num_rows)
     wanted = plain.product(rows, sample[0])
     ways = {plain, Way(num_rows + num_rows % 2, True)} | ({Way(4), Way(4, True)} if num_rows < 4 else set())
-    exact = [way for way in ways if _is_close(way.product(rows, sample[0]), wanted)]
+    exact = [way for way in ways if is_close(way.product(rows, sample[0]), wanted)]
     taken_s = {way: float("inf") for way in exact}
     for _ in range(_NUM_TIMINGS):
         for way in exact:
-            taken_s[way] = min(taken_s[way], _time(way, rows, sample))
+            taken_s[way] = min(taken_s[way], _time_s(partial(way.product, rows), sample))
     best = min(taken_s, key=lambda way: taken_s[way])
     return best if taken_s[plain] >= _MIN_GAIN * taken_s[best] else None
 
 
-def _is_close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+def is_close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether two results differ by no more than the order of sums."""
     return bool((found - wanted).abs().max() <= _MAX_ERROR * wanted.abs().max())
 
 
-def _time(way: Way, rows: torch.Tensor, sample: Sequence[torch.Tensor]) -> float:
+def best_s(product: Callable[[torch.Tensor], torch.Tensor], sample: Sequence[torch.Tensor]) -> float:
+    """Return how long `product` takes for all of `sample`: the fastest of some times."""
+    return min(_time_s(product, sample) for _ in range(_NUM_TIMINGS))
+
+
+def _time_s(product: Callable[[torch.Tensor], torch.Tensor], sample: Sequence[torch.Tensor]) -> float:
     started_s = time.perf_counter()
     for weight in sample:
-        way.product(rows, weight)
+        product(weight)
     return time.perf_counter() - started_s
