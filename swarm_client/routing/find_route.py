@@ -34,8 +34,9 @@ def find_route(
     needed_tokens: int,
     avoided: Collection[PeerId],
     choose: Callable[[Sequence[NodeRecord]], NodeRecord],
+    span: Span | None = None,
 ) -> list[Hop]:
-    """Return the hops of a route with the fewest nodes; `choose` picks one of equal ones.
+    """Return the hops of a route through `span`, or all blocks, with the fewest nodes; `choose` picks one of equal ones.
 
     Going on with the node that reaches furthest gives the fewest, since spans are intervals. Nodes in `avoided`, and
     those whose record says that fewer than `needed_tokens` are free, are used only for blocks that nobody else serves:
@@ -46,9 +47,10 @@ def find_route(
     """
     online = [r for r in records if r.state == "online" and r.model == model.name]
     same = [r for r in online if r.revision == model.revision]
-    holes = uncovered((r.span for r in same), model.num_blocks)
+    wanted = span or Span(0, model.num_blocks)
+    holes = _holes(same, model, wanted)
     if holes:
-        if not uncovered((r.span for r in online), model.num_blocks):
+        if not _holes(online, model, wanted):
             raise RevisionMismatchError(
                 f"the swarm serves {model.name} with other weights: revision {online[0].revision}, "
                 f"this client has {model.revision}"
@@ -57,15 +59,20 @@ def find_route(
     roomy = [r for r in same if r.free_tokens >= needed_tokens]
     trusted = [r for r in roomy if r.peer_id not in avoided]
     hops: list[Hop] = []
-    block = 0
-    while block < model.num_blocks:
+    block = wanted.start
+    while block < wanted.end:
         record = next(filter(None, (_furthest(some, block, choose) for some in (trusted, roomy, same))), None)
         if record is None:
             raise AssertionError("coverage was checked above")
-        end = min(record.end_block, model.num_blocks)
+        end = min(record.end_block, wanted.end)
         hops.append(Hop(PeerId(record.peer_id), Span(block, end), record.numerics))
         block = end
     return hops
+
+
+def _holes(records: Sequence[NodeRecord], model: ModelKey, wanted: Span) -> list[Span]:
+    holes = uncovered((record.span for record in records), model.num_blocks)
+    return [hole for hole in holes if hole.start < wanted.end and wanted.start < hole.end]
 
 
 def _furthest(

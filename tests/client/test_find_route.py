@@ -97,3 +97,16 @@ def test_a_route_is_gapless_and_shortest(held: list[Span], rng: random.Random) -
     for end in range(1, 11):
         fewest[end] = min((fewest[s] + 1 for s in range(end) for h in held if h.contains(Span(s, end))), default=99)
     assert len(hops) == fewest[10]
+
+
+def test_a_route_through_a_part_of_the_blocks_looks_at_nothing_else() -> None:
+    nodes = [record("a", 0, 4), record("b", 3, 6), record("c", 5, 8)]  # nobody has 8 and 9
+    found = find_route(nodes, MODEL, needed_tokens=10, avoided=set(), choose=random.Random(0).choice, span=Span(2, 7))
+    assert found == [
+        Hop(PeerId("a"), Span(2, 4), "n"),
+        Hop(PeerId("b"), Span(4, 6), "n"),
+        Hop(PeerId("c"), Span(6, 7), "n"),
+    ]
+    with pytest.raises(MissingBlocksError) as caught:
+        find_route(nodes, MODEL, needed_tokens=10, avoided=set(), choose=random.Random(0).choice, span=Span(2, 9))
+    assert caught.value.missing == (Span(8, 10),)
