@@ -22,6 +22,9 @@ class ClientConfig:
     route_attempts  how many routes are tried when nodes refuse or cannot be reached
     reserve_tokens  how many tokens a session reserves ahead of those that it has, or a quarter of them if that is more;
                     less reserves more often, which costs nothing but finds a node full in the middle of an answer
+    max_wait_s      how long a step waits for blocks whose node is gone and that nobody else serves; 0 fails at once
+    tape_bytes      what all sessions together may keep of the states that went into nodes, to play them to others; a
+                    session beyond that is computed again from its tokens
     reuse_prefixes  whether nodes may keep what they computed of a prompt for this client's later sessions
     step_tokens     most tokens (rows x columns) in one step; longer inputs are cut, so that no frame gets too large
     """
@@ -38,6 +41,8 @@ class ClientConfig:
     avoid_s: float = 45.0
     route_attempts: int = 3
     reserve_tokens: int = 256
+    max_wait_s: float = 30.0
+    tape_bytes: int = 1024 * 1024 * 1024
     reuse_prefixes: bool = True
     step_tokens: int = 512
     blocked_peers: frozenset[PeerId] = field(default_factory=frozenset)

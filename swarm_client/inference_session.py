@@ -25,7 +25,7 @@ from swarm_protocol.errors import (
     SwarmError,
 )
 from swarm_protocol.messages import MAX_BATCH_ROWS
-from swarm_protocol.tensors import check_finite, dtype_name, from_wire, to_wire
+from swarm_protocol.tensors import dtype_name, from_wire, to_wire
 
 T = TypeVar("T")
 
@@ -115,6 +115,11 @@ class InferenceSession:
     def padding(self) -> tuple[int, ...]:
         """The left padding columns of each row; empty before the first step."""
         return self._padding
+
+    @property
+    def is_taped(self) -> bool:
+        """Whether blocks of a node that fails can be given to others; if not, all has to be computed again."""
+        return all(group.session.is_whole for group in self._groups)
 
     @property
     def route(self) -> list[str]:
@@ -307,9 +312,7 @@ class InferenceSession:
                 self.close()  # which rows were exchanged already is not known
             raise
         self._row_order = None
-        outputs = self._assemble(chunk, busy, results, with_span_outputs)
-        check_finite(outputs[-1])
-        return outputs
+        return self._assemble(chunk, busy, results, with_span_outputs)
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._cancel_lock:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from swarm_client.routing.find_route import Hop, ModelKey
@@ -28,6 +28,8 @@ from swarm_protocol.messages import (
     ErrorReply,
     Message,
     OpenSession,
+    Ping,
+    Pong,
     ResumeSession,
     SessionOpened,
     SessionResumed,
@@ -43,6 +45,15 @@ logger = logging.getLogger(__name__)
 
 RESUME_PAUSE_S = 0.3
 """Between two tries to take a dropped stream up again: a node that restarts its stream listener needs about as long."""
+
+RESUME_TRY_S = 1.0
+"""For the first try where another node could do the work: a node that is well answers sooner."""
+
+NOTICE_S = 1.0
+"""Within this, or four of its usual steps, a node that gives no sign of life is found out."""
+
+SLOWEST_BYTES_PER_S = 256 * 1024
+"""What a link is given for a step's values, both ways, before a node is asked whether it is alive: 2 Mbit/s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +97,24 @@ class MessageStream:
 
 
 class SpanStream:
-    """A session's stream to the node that runs `hop.span`; taken up again when it drops."""
+    """A session's stream to the node that runs `hop.span`; taken up again when it drops.
 
-    def __init__(self, transport: Transport, hop: Hop, session_id: bytes, max_length: int, limits: HopLimits) -> None:
+    `is_replaceable` says whether other nodes could do the work now. If so, a node that is gone or gives no sign of life
+    is given up soon; else it is waited for, up to the deadlines of `limits`.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        hop: Hop,
+        session_id: bytes,
+        max_length: int,
+        limits: HopLimits,
+        is_replaceable: Callable[[], Awaitable[bool]],
+    ) -> None:
         self.hop = hop
+        self._is_replaceable = is_replaceable
+        self._usual_s = 0.0
         self._transport = transport
         self._limits = limits
         self._session_id = session_id
@@ -205,9 +230,7 @@ class SpanStream:
             raise
 
     async def _receive_reply(self, step: Step) -> StepReply:
-        if self._stream is None:
-            raise StreamLostError(f"no stream to {short_peer(self.hop.peer_id)}")
-        reply = await self._stream.receive()
+        reply = await self._receive_watched(step)
         match reply:
             case StepReply(step_id=step.step_id):
                 found, wanted = reply.hidden_states, step.hidden_states
@@ -225,6 +248,37 @@ class SpanStream:
                 raise error_from_wire(reply.code, reply.message, reply.retryable)
         raise UnexpectedMessageError(f"{type(reply).__name__} came, the reply of step {step.step_id} was expected")
 
+    async def _receive_watched(self, step: Step) -> Message:
+        """Return the next message. While none comes, ask the node for a sign of life: a prefill may take its time.
+
+        Raises StepTimeoutError if it gives none and could be replaced.
+        """
+        if self._stream is None:
+            raise StreamLostError(f"no stream to {short_peer(self.hop.peer_id)}")
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        num_bytes = 2 * memoryview(step.hidden_states.data).nbytes
+        patience_s = max(NOTICE_S, 4 * self._usual_s) / 2 + num_bytes / SLOWEST_BYTES_PER_S
+        is_asked = False
+        while True:
+            try:
+                async with asyncio.timeout(patience_s):
+                    message = await self._stream.receive()
+            except TimeoutError:
+                if is_asked and await self._is_replaceable():
+                    raise StepTimeoutError(
+                        f"{short_peer(self.hop.peer_id)} gives no sign of life since {loop.time() - started_s:.1f} s"
+                    ) from None
+                if not is_asked:
+                    await self._stream.send(Ping(step.step_id))
+                    is_asked = True
+                continue
+            if not isinstance(message, Pong):
+                if step.hidden_states.shape[1] == 1:
+                    self._usual_s += 0.2 * (loop.time() - started_s - self._usual_s)
+                return message
+            is_asked = False
+
     async def _drop(self) -> None:
         if self._state.state is State.OPEN:
             self._state.dropped()
@@ -237,13 +291,17 @@ class SpanStream:
         last_error: SwarmError = StreamLostError(f"the stream to {short_peer(self.hop.peer_id)} was lost")
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + self._limits.resume_s
+        may_leave = await self._is_replaceable()
         while loop.time() < give_up_s:
             try:
                 request = ResumeSession(self._session_id, self._resume_token, self._state.last_finished)
-                async with self._deadline(self._limits.resume_s, "resuming a session"):
+                async with self._deadline(RESUME_TRY_S if may_leave else self._limits.resume_s, "resuming a session"):
                     reply = await self._ask(request)
             except (PeerUnreachableError, StreamLostError, StepTimeoutError) as error:
                 last_error = error
+                may_leave = await self._is_replaceable()
+                if may_leave:
+                    break
                 await asyncio.sleep(RESUME_PAUSE_S)
                 continue
             try:

@@ -15,6 +15,7 @@ from swarm_client.routing.find_route import Hop, ModelKey, find_route
 from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.span_stream import MessageStream
 from swarm_client.swarm_session import SwarmSession
+from swarm_client.tape import TapeBudget
 from swarm_protocol.errors import StepTimeoutError, SwarmError, UnexpectedMessageError, error_from_wire
 from swarm_protocol.ids import short_peer
 from swarm_protocol.messages import COMPUTE_PROTOCOL, ErrorReply, Forward, ForwardReply, WireTensor
@@ -33,6 +34,7 @@ class Swarm:
         self.loop = loop
         self._transport = transport
         self._prefix_key = secrets.token_bytes(KEY_BYTES)
+        self._tapes = TapeBudget(config.tape_bytes)
         self._watchers: dict[ModelKey, SwarmWatcher] = {}
         _open_swarms.add(self)
 
@@ -49,7 +51,9 @@ class Swarm:
     def session(self, model: ModelKey, batch_size: int, max_length: int) -> SwarmSession:
         """Return a session that is not yet open; its methods run on `loop`."""
         watcher = self._watcher(model)
-        return SwarmSession(self._transport, watcher, self.config, model, batch_size, max_length, self._prefix_key)
+        return SwarmSession(
+            self._transport, watcher, self.config, model, batch_size, max_length, self._prefix_key, self._tapes
+        )
 
     def missing_blocks(self, model: ModelKey) -> Sequence[Span]:
         """Return the runs of blocks of `model` that no online node with the same weights serves now."""

@@ -1,4 +1,8 @@
-"""A session over a whole route: hops in a row, opened together. Belongs to the event loop."""
+"""A session over a whole route: hops in a row, opened together. Belongs to the event loop.
+
+What goes into each hop is kept on a tape. When a node dies, freezes, leaves, runs full or answers wrongly, its blocks
+are given to other nodes, one or several, which are played the tape; all others keep their caches, and the step goes on.
+"""
 
 import asyncio
 import logging
@@ -6,18 +10,34 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from swarm_client.config import ClientConfig
 from swarm_client.prefix_hashes import TokenPrefix, page_hashes
+from swarm_client.recovery import MAX_WRONG_ANSWERS, Fault, fault_of, is_wrong_answer, stays_usable
 from swarm_client.routing.find_route import Hop, ModelKey, find_route
 from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.span_stream import HopLimits, SpanStream, tokens_to_reserve
-from swarm_protocol.errors import CacheFullError, ProtocolError, SessionClosedError, SwarmError
-from swarm_protocol.ids import ID_BYTES, short_id, short_peer
+from swarm_client.tape import Tape, TapeBudget
+from swarm_protocol.errors import (
+    CacheFullError,
+    InvalidTensorError,
+    MissingBlocksError,
+    ProtocolError,
+    SessionClosedError,
+    SwarmError,
+)
+from swarm_protocol.ids import ID_BYTES, PeerId, short_id, short_peer
 from swarm_protocol.messages import WireTensor
+from swarm_protocol.records import NodeRecord
+from swarm_protocol.spans import Span
+from swarm_protocol.tensors import check_finite, from_wire
 from swarm_protocol.transport.base import Transport
 
 logger = logging.getLogger(__name__)
+
+LOOK_AGAIN_S = 1.0
+"""Between two looks for nodes that could take over blocks that nobody serves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +58,23 @@ class StepResult:
     timings: tuple[HopTiming, ...]
 
 
+@dataclass(slots=True, eq=False)
+class _Leg:
+    """A hop, what went into it, and the last step whose roll-back and row order the tape has seen.
+
+    `failure` says why its node cannot go on; it waits to be replaced then.
+    """
+
+    stream: SpanStream
+    tape: Tape
+    step_number: int = 0
+    failure: SwarmError | None = None
+
+
 class SwarmSession:
     """KV caches for `batch_size` rows of up to `max_length` tokens at every node of a route; they grow with the rows.
 
-    `prefix_key` is what the client keys its hashes of tokens with.
+    `prefix_key` is what the client keys its hashes of tokens with, `tapes` what may be kept for recovery.
     """
 
     def __init__(
@@ -53,6 +86,7 @@ class SwarmSession:
         batch_size: int,
         max_length: int,
         prefix_key: bytes,
+        tapes: TapeBudget,
     ) -> None:
         self._transport = transport
         self._watcher = watcher
@@ -61,13 +95,23 @@ class SwarmSession:
         self._batch_size = batch_size
         self._max_length = max_length
         self._prefix_key = prefix_key
+        self._tapes = tapes
         self._limits = HopLimits(config.open_s, config.step_s, config.resume_s, config.reserve_tokens)
-        self._hops: list[SpanStream] = []
+        self._legs: list[_Leg] = []
+        self._num_steps = 0
+        self._failed_s: dict[PeerId, float] = {}
+        """When a node failed this session, on the swarm's clock: it is not asked again before it says that it lives."""
+        self._endings: set[asyncio.Task[None]] = set()
 
     @property
     def route(self) -> Sequence[Hop]:
         """The hops in the order of their blocks; empty until opened."""
-        return [stream.hop for stream in self._hops]
+        return [leg.stream.hop for leg in self._legs]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every hop can be given to another node; not if the tapes did not fit into their budget."""
+        return all(leg.tape.is_whole for leg in self._legs)
 
     async def open(self, num_tokens: int, prefix: TokenPrefix | None = None) -> int:
         """Find a route and reserve the caches for `num_tokens` tokens and some more.
@@ -78,22 +122,18 @@ class SwarmSession:
         """
         reserved = tokens_to_reserve(num_tokens, self._config.reserve_tokens, self._max_length)
         for attempt in range(1, self._config.route_attempts + 1):
-            records = await self._watcher.records(0.0 if attempt > 1 else self._config.view_age_s)
-            hops = find_route(
-                [r for r in records if r.peer_id not in self._config.blocked_peers],
-                self._model,
-                needed_tokens=self._batch_size * reserved,
-                avoided=self._watcher.avoided,
-                choose=secrets.choice,
-            )
+            hops = self._route(await self._records(is_fresh=attempt > 1), reserved)
             try:
-                return await self._open_hops(hops, reserved, prefix)
+                streams, cached = await self._open_streams(hops, reserved, prefix)
             except SwarmError as error:
                 if not _is_nodes_fault(error) or attempt == self._config.route_attempts:
                     raise
                 if isinstance(error, CacheFullError):
                     reserved = num_tokens  # what is needed now may still fit
                 logger.info("route failed, trying another (%s): %s", attempt, error)
+                continue
+            self._legs = [_Leg(stream, Tape(self._tapes)) for stream in streams]
+            return cached
         raise AssertionError("unreachable")
 
     async def step(
@@ -101,32 +141,206 @@ class SwarmSession:
     ) -> StepResult:
         """Run `hidden_states` (batch, seq, hidden) through all hops at `position`, as `messages.Step` says.
 
-        Cancelling loses nothing: the next step may go on at any position that was cached before. Raises SwarmError.
+        Cancelling loses nothing: the next step may go on at any position that was cached before. Blocks whose node
+        fails are given to others; where there are none, they are waited for, `ClientConfig.max_wait_s` long. Raises
+        SwarmError.
         """
-        if not self._hops:
+        if not self._legs:
             raise SessionClosedError("the session is closed; open a new one")
-        outputs, timings = [], []
-        for stream in self._hops:
-            started_s = time.perf_counter()
+        self._num_steps += 1
+        # The caller may change its tensor after the step; the tape is to keep what was sent.
+        states = [WireTensor(hidden_states.dtype, hidden_states.shape, bytes(hidden_states.data))]
+        timings: list[HopTiming] = []
+        num_wrong = 0
+        while (index := len(states) - 1) < len(self._legs):
+            leg = self._legs[index]
+            order = self._begin(leg, states[index], position, row_order)
             try:
-                reply = await stream.step(hidden_states, position, row_order)
+                reply, timing = await self._step_leg(leg, states[index], position, order)
             except SwarmError as error:
-                if _is_nodes_fault(error):
-                    self._watcher.avoid(stream.hop.peer_id)
-                raise
-            hidden_states = reply.hidden_states
-            outputs.append(hidden_states)
-            timings.append(HopTiming(stream.hop, time.perf_counter() - started_s, reply.queue_s, reply.compute_s))
-        return StepResult(tuple(outputs), tuple(timings))
+                lost = self._lost_leg(error, index, states, order is not None)
+                num_wrong += is_wrong_answer(error)
+                if num_wrong == MAX_WRONG_ANSWERS:
+                    raise
+                await self._replace(lost, position, error)
+                del states[lost + 1 :], timings[lost:]
+            else:
+                states.append(reply)
+                timings.append(timing)
+        return StepResult(tuple(states[1:]), tuple(timings))
 
     async def close(self) -> None:
         """Free the caches at every node. Idempotent."""
-        hops, self._hops = self._hops, []
-        await asyncio.gather(*(stream.close() for stream in hops))
+        legs, self._legs = self._legs, []
+        for leg in legs:
+            leg.tape.drop()
+        for ending in self._endings:
+            ending.cancel()
+        await asyncio.gather(*(leg.stream.close() for leg in legs), *self._endings, return_exceptions=True)
 
-    async def _open_hops(self, hops: Sequence[Hop], reserved: int, prefix: TokenPrefix | None) -> int:
+    # one hop of a step
+
+    def _begin(
+        self, leg: _Leg, states: WireTensor, position: int, row_order: tuple[int, ...] | None
+    ) -> tuple[int, ...] | None:
+        """Bring the tape to what the hop is about to be given; return the row order that the node has to follow."""
+        is_first = leg.step_number != self._num_steps
+        if is_first:
+            leg.step_number = self._num_steps
+            if row_order is not None:
+                leg.tape.reorder(row_order)
+        leg.tape.cut(position)
+        leg.tape.append(states)
+        return row_order if is_first else None
+
+    async def _step_leg(
+        self, leg: _Leg, states: WireTensor, position: int, order: tuple[int, ...] | None
+    ) -> tuple[WireTensor, HopTiming]:
+        if leg.failure is not None:
+            raise leg.failure.with_traceback(None)
+        started_s = time.perf_counter()
+        reply = await leg.stream.step(states, position, order)
+        timing = HopTiming(leg.stream.hop, time.perf_counter() - started_s, reply.queue_s, reply.compute_s)
+        if leg is self._legs[-1]:  # of the others' outputs the next node sees it
+            check_finite(from_wire(reply.hidden_states))
+        return reply.hidden_states, timing
+
+    def _lost_leg(self, error: SwarmError, index: int, states: Sequence[WireTensor], has_reordered: bool) -> int:
+        """Return the index of the leg that is to be replaced. Raises `error` if that would not help."""
+        fault = fault_of(error, is_first_hop=index == 0, is_input_finite=_is_finite(states[index]))
+        if fault is Fault.CALLER:
+            raise error
+        if fault is Fault.NODE:
+            return index
+        if has_reordered:  # whether the node had permuted its rows when it refused the step is not known
+            self._lose(self._legs[index], error)
+        return index - 1
+
+    # recovery
+
+    async def _replace(self, index: int, position: int, error: SwarmError) -> None:
+        """Give the blocks of leg `index` to other nodes, which compute again what is on its tape below `position`.
+
+        Raises `error`, or why no other node could do it.
+        """
+        leg = self._legs[index]
+        if not stays_usable(error):
+            self._lose(leg, error)
+        if not leg.tape.is_whole:
+            raise error
+        logger.info("looking for other nodes for %s: %s", leg.stream.hop.span, error)
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + self._config.max_wait_s
+        while True:
+            try:
+                found = await self._other_legs(leg, position)
+                break
+            except SwarmError as problem:
+                is_waited_for = leg.failure is not None and not is_wrong_answer(error)
+                if isinstance(problem, MissingBlocksError) and not is_waited_for:
+                    raise error from problem
+                if loop.time() + LOOK_AGAIN_S > give_up_s or not _is_nodes_fault(problem):
+                    raise
+                logger.info("still looking: %s", problem)
+            await asyncio.sleep(LOOK_AGAIN_S)
+        self._legs[index : index + 1] = found
+        self._end(leg.stream)
+        route = " → ".join(f"{short_peer(new.stream.hop.peer_id)}[{new.stream.hop.span}]" for new in found)
+        logger.info("recovered %d tokens of %s at %s", position, leg.stream.hop.span, route)
+
+    async def _other_legs(self, leg: _Leg, position: int) -> list[_Leg]:
+        """Return legs for the blocks of `leg` at other nodes, at `position`; the first has its tape."""
+        needed = max(position, leg.tape.length)
+        reserved = tokens_to_reserve(needed, self._config.reserve_tokens, self._max_length)
+        records = [r for r in await self._records() if self._may_serve(r, leg)]
+        hops = self._route(records, reserved, leg.stream.hop.span)
+        streams, _ = await self._open_streams(hops, reserved)
+        legs = [_Leg(stream, Tape(self._tapes), self._num_steps) for stream in streams]
+        try:
+            await self._play(leg.tape, legs, position)
+        except BaseException:
+            for failed in legs:
+                failed.tape.drop()
+                self._end(failed.stream)
+            raise
+        legs[0].tape.drop()
+        legs[0].tape = leg.tape
+        return legs
+
+    async def _play(self, tape: Tape, legs: Sequence[_Leg], position: int) -> None:
+        """Bring new legs to `position`. Raises SwarmError; the node at fault is avoided then."""
+        width = max(1, self._config.step_tokens // self._batch_size)
+        for start, states in tape.chunks(position, width):
+            for leg in legs:
+                if leg is not legs[0]:
+                    leg.tape.append(states)
+                try:
+                    states = (await leg.stream.step(states, start)).hidden_states
+                    check_finite(from_wire(states))
+                except SwarmError as error:
+                    if _is_nodes_fault(error):
+                        self._blame(leg.stream.hop.peer_id)
+                    raise
+
+    def _lose(self, leg: _Leg, error: SwarmError) -> None:
+        """The node of `leg` has failed; what it held is given up."""
+        if leg.failure is None:
+            leg.failure = error
+            self._blame(leg.stream.hop.peer_id)
+
+    def _blame(self, peer_id: PeerId) -> None:
+        self._failed_s[peer_id] = self._transport.now_s()
+        self._watcher.avoid(peer_id)
+
+    def _may_serve(self, record: NodeRecord, leg: _Leg) -> bool:
+        """Whether a node may take over from `leg`: not its own node while it only refuses, and none that is dead."""
+        peer_id = PeerId(record.peer_id)
+        if leg.failure is None and peer_id == leg.stream.hop.peer_id:
+            return False
+        return record.published_s > self._failed_s.get(peer_id, float("-inf"))
+
+    async def _is_replaceable(self, hop: Hop) -> bool:
+        """Whether other nodes, none of which failed lately, serve the blocks of `hop`."""
+        away = {hop.peer_id, *self._watcher.avoided}
+        try:
+            self._route([r for r in await self._records() if r.peer_id not in away], 0, hop.span)
+        except SwarmError:
+            return False
+        return True
+
+    def _end(self, stream: SpanStream) -> None:
+        """Close a stream without waiting for it: its node may be gone."""
+        ending = asyncio.create_task(stream.close(), name="stream-end")
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
+
+    # routes
+
+    async def _records(self, *, is_fresh: bool = False) -> list[NodeRecord]:
+        records = await self._watcher.records(0.0 if is_fresh else self._config.view_age_s)
+        return [r for r in records if r.peer_id not in self._config.blocked_peers]
+
+    def _route(self, records: Sequence[NodeRecord], reserved: int, span: Span | None = None) -> list[Hop]:
+        return find_route(
+            records,
+            self._model,
+            needed_tokens=self._batch_size * reserved,
+            avoided=self._watcher.avoided,
+            choose=secrets.choice,
+            span=span,
+        )
+
+    async def _open_streams(
+        self, hops: Sequence[Hop], reserved: int, prefix: TokenPrefix | None = None
+    ) -> tuple[list[SpanStream], int]:
+        """Open a session at every hop; return the streams, and how many tokens of `prefix` all of them have."""
         session_id = secrets.token_bytes(ID_BYTES)
-        streams = [SpanStream(self._transport, hop, session_id, self._max_length, self._limits) for hop in hops]
+        streams = [
+            SpanStream(
+                self._transport, hop, session_id, self._max_length, self._limits, partial(self._is_replaceable, hop)
+            )
+            for hop in hops
+        ]
         try:
             results = await asyncio.gather(
                 *(
@@ -140,14 +354,13 @@ class SwarmSession:
             raise
         failures = [(s, r) for s, r in zip(streams, results, strict=True) if isinstance(r, BaseException)]
         if not failures:
-            self._hops = streams
             route = " → ".join(f"{short_peer(hop.peer_id)}[{hop.span}]" for hop in hops)
             cached = min(result for result in results if isinstance(result, int))
             logger.info("session opened, %d tokens cached: %s session=%s", cached, route, short_id(session_id))
-            return cached
+            return streams, cached
         for stream, error in failures:
             if isinstance(error, SwarmError) and _is_nodes_fault(error):
-                self._watcher.avoid(stream.hop.peer_id)
+                self._blame(stream.hop.peer_id)
         await asyncio.gather(*(stream.close() for stream in streams))
         raise failures[0][1]
 
@@ -158,3 +371,11 @@ class SwarmSession:
 def _is_nodes_fault(error: SwarmError) -> bool:
     """Whether another node may do better: it refused for now, failed, or does not keep to the protocol."""
     return error.retryable or isinstance(error, ProtocolError)
+
+
+def _is_finite(states: WireTensor) -> bool:
+    try:
+        check_finite(from_wire(states))
+    except InvalidTensorError:
+        return False
+    return True

@@ -1,5 +1,6 @@
 """A distributed model as text: what the chat site uses."""
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future
@@ -15,10 +16,12 @@ from swarm_client.generation.stream import stream_text
 from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta
 from swarm_client.inference_session import InferenceSession
 from swarm_client.remote_blocks import RemoteBlocks
-from swarm_protocol.errors import CancelledStepError, InvalidRequestError, MaxLengthError
+from swarm_protocol.errors import CancelledStepError, InvalidRequestError, MaxLengthError, SwarmError
 from swarm_protocol.model.checkpoint import Checkpoint
 from swarm_protocol.model.parts import EndsModule
 from swarm_protocol.spans import describe_blocks
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 2048
 """For models whose config names no limit, such as BLOOM: it was trained on 2,048 tokens (arXiv:2211.05100)."""
@@ -175,14 +178,25 @@ class DistributedTextSession:
         with self._session.cancellable():  # from before the look at the flag, so that no cancel falls in between
             if self._cancelled.is_set():
                 raise CancelledStepError("generation was cancelled")
-            if self._session.batch_size is None:
-                self._session.start_with(self._token_ids[:-1], self._ends.dtype)
-            self._session.position = min(self._session.position, len(self._token_ids) - 1)
-            output = self._session.step(self._embed_rest())
+            try:
+                output = self._step()
+            except SwarmError as error:
+                if not error.retryable or self._session.is_taped:
+                    raise
+                logger.info("computing %d tokens again: %s", len(self._token_ids), error)
+                self._session.recover()
+                output = self._step()
         chosen = self._choose(chooser, output[:, -1:])
         self._embedded = (len(self._token_ids), chosen.token_id, chosen.embedded)
         self._token_ids.append(chosen.token_id)
         return chosen.token_id
+
+    def _step(self) -> torch.Tensor:
+        """Return the states of the tokens that are not cached yet, after the last block."""
+        if self._session.batch_size is None:
+            self._session.start_with(self._token_ids[:-1], self._ends.dtype)
+        self._session.position = min(self._session.position, len(self._token_ids) - 1)
+        return self._session.step(self._embed_rest())
 
     def _embed_rest(self) -> torch.Tensor:
         """Return the states (1, n, hidden) of the tokens that are not cached."""

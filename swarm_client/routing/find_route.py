@@ -36,7 +36,7 @@ def find_route(
     choose: Callable[[Sequence[NodeRecord]], NodeRecord],
     span: Span | None = None,
 ) -> list[Hop]:
-    """Return the hops of a route through `span`, or all blocks, with the fewest nodes; `choose` picks one of equal ones.
+    """Return the hops of a route through `span`, or all blocks, with the fewest nodes; `choose` picks among equal ones.
 
     Going on with the node that reaches furthest gives the fewest, since spans are intervals. Nodes in `avoided`, and
     those whose record says that fewer than `needed_tokens` are free, are used only for blocks that nobody else serves:

@@ -107,15 +107,7 @@ def test_a_newcomer_chats_and_kills_a_node_and_ctrl_c_ends_everything() -> None:
             kill_a_node(process.pid)
             ask_long = {"type": "generate", "id": "2", "messages": [question], "params": {"max_new_tokens": 2}}
             chat.send(json.dumps(ask_long))
-            error = until(chat, "error", 60)
-            assert error["retryable"] is True
-            assert error["code"] in ("stream_lost", "peer_unreachable", "timeout", "missing_blocks")
-            deadline_s = time.monotonic() + 90
-            while error is not None:
-                assert time.monotonic() < deadline_s, error
-                time.sleep(2)
-                chat.send(json.dumps(ask_long))
-                error = until(chat, "done", 60)
+            until(chat, "done", 90)  # the demo starts the node again, and the answer goes on
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from swarm_client import AutoDistributedModelForCausalLM, DistributedCausalLM, SamplingParams
 from swarm_protocol.errors import (
@@ -18,7 +18,6 @@ from swarm_protocol.errors import (
     MaxLengthError,
     MissingBlocksError,
     SessionClosedError,
-    SwarmError,
 )
 from swarm_protocol.spans import Span
 from tests.local_swarm import LocalSwarm
@@ -318,20 +317,32 @@ def test_blocks_that_nobody_serves_are_named(two: Two) -> None:
     assert model.generate(ids(), max_new_tokens=2).shape == (1, 9)
 
 
-def test_a_node_that_dies_gives_a_retryable_error_and_another_takes_over_for_new_sessions(two: Two) -> None:
+def test_a_session_goes_on_when_a_node_dies_and_another_has_its_blocks(two: Two) -> None:
     served, model, local = two
     session = model.inference_session(max_length=40)
-    model.generate(ids(), max_new_tokens=2, do_sample=False, session=session)
+    first = model.generate(ids(), max_new_tokens=2, do_sample=False, session=session)
     served.add_node(Span(1, 5))
     served.kill(served.nodes[1])
-    with pytest.raises(SwarmError) as caught:
-        model.generate(max_new_tokens=2, do_sample=False, session=session)
-    assert caught.value.retryable
-    again = model.generate(max_new_tokens=2, do_sample=False, session=session)
+    rest = model.generate(max_new_tokens=2, do_sample=False, session=session)
     session.close()
-    assert torch.equal(again, local.generate(ids(), max_new_tokens=4, do_sample=False)[:, -2:])
-    found = model.generate(ids(), max_new_tokens=4, do_sample=False)
-    assert torch.equal(found, local.generate(ids(), max_new_tokens=4, do_sample=False))
+    assert torch.equal(torch.cat([first, rest], 1), local.generate(ids(), max_new_tokens=4, do_sample=False))
+
+
+def test_beams_go_on_when_a_node_dies(two: Two) -> None:
+    served, model, local = two
+    served.add_node(Span(2, 5))
+    deaths = [served.nodes[1]]
+
+    def kill(*_: object) -> torch.Tensor:
+        if session.position > 9 and deaths:
+            served.kill(deaths.pop())
+        return torch.zeros(1, dtype=torch.bool)
+
+    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
+    with model.inference_session(max_length=40) as session:
+        found = model.generate(ids(), stopping_criteria=StoppingCriteriaList([kill]), **options)
+    assert not deaths
+    assert torch.equal(found, local.generate(ids(), **options))
 
 
 @pytest.mark.parametrize("after_frames", [0, 1, 2, 3])

@@ -18,7 +18,7 @@ from swarm_protocol.errors import SwarmError
 pytestmark = [pytest.mark.p2p, pytest.mark.timeout(600)]
 
 NUM_TOKENS = 64
-CONFIG = ClientConfig(host="127.0.0.1", relay=False, resume_s=2.0)
+CONFIG = ClientConfig(host="127.0.0.1", relay=False, resume_s=2.0, max_wait_s=3.0)
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):",

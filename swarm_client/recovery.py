@@ -1,0 +1,49 @@
+"""Pure: whose fault an error of a step is, and whether its session can stay where it is."""
+
+from enum import Enum
+
+from swarm_protocol.errors import (
+    CacheFullError,
+    InternalError,
+    InvalidTensorError,
+    LimitExceededError,
+    NodeDrainingError,
+    ProtocolError,
+    SessionClosedError,
+    SwarmError,
+)
+
+MAX_WRONG_ANSWERS = 3
+"""In one step: so many nodes that answer wrongly one after the other mean that it is not the nodes."""
+
+
+class Fault(Enum):
+    """Who is to blame for a step that failed at a hop."""
+
+    CALLER = "caller"
+    """The step itself is at fault: every node would refuse it."""
+
+    NODE = "node"
+    """The hop's node is gone, full, leaving, or answers wrongly: another one may do better."""
+
+    NODE_BEFORE = "node_before"
+    """The node of the hop before, whose output was refused with reason."""
+
+
+def fault_of(error: SwarmError, *, is_first_hop: bool, is_input_finite: bool) -> Fault:
+    """Return who is to blame for `error`, which came up when a hop was given its input."""
+    if isinstance(error, InvalidTensorError) and not is_input_finite:
+        return Fault.CALLER if is_first_hop else Fault.NODE_BEFORE
+    # A node closes a session that was idle for long; what it held can be computed again.
+    is_nodes = error.retryable or isinstance(error, ProtocolError | SessionClosedError)
+    return Fault.NODE if is_nodes else Fault.CALLER
+
+
+def stays_usable(error: SwarmError) -> bool:
+    """Whether the session goes on at its node if no other one takes it: the step was refused, nothing is lost."""
+    return isinstance(error, CacheFullError | LimitExceededError | NodeDrainingError)
+
+
+def is_wrong_answer(error: SwarmError) -> bool:
+    """Whether the node is there but does the wrong thing, so that waiting for it is of no use."""
+    return isinstance(error, ProtocolError | InternalError)

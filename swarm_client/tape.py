@@ -1,0 +1,119 @@
+"""What went into one hop of a session, kept so that another node can be given it when the hop's node dies."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from swarm_protocol.messages import WireTensor
+from swarm_protocol.tensors import from_wire, to_wire
+
+
+@dataclass(slots=True)
+class TapeBudget:
+    """What all tapes of a client may take together."""
+
+    max_bytes: int
+    used_bytes: int = 0
+
+    def take(self, num_bytes: int) -> bool:
+        """Count `num_bytes` if they fit; return whether they did."""
+        if self.used_bytes + num_bytes > self.max_bytes:
+            return False
+        self.used_bytes += num_bytes
+        return True
+
+    def give_back(self, num_bytes: int) -> None:
+        """Count `num_bytes` no longer."""
+        self.used_bytes -= num_bytes
+
+
+class Tape:
+    """Hidden states (batch, n, hidden) in the order of their positions: what the node's cache was made of.
+
+    Whatever is rolled back or permuted at the node is so here. A tape that does not fit into the budget drops what it
+    has and stays empty until it is cut to 0; `is_whole` says so.
+    """
+
+    def __init__(self, budget: TapeBudget) -> None:
+        self._budget = budget
+        self._parts: list[WireTensor] = []
+        # Permutations of the rows, oldest first, each with the number of parts that were there.
+        self._orders: list[tuple[int, tuple[int, ...]]] = []
+        self._num_bytes = 0
+        self.length = 0
+        self.is_whole = True
+
+    def append(self, states: WireTensor) -> None:
+        """Add what comes next."""
+        self.length += states.shape[1]
+        num_bytes = memoryview(states.data).nbytes
+        if not self.is_whole or not num_bytes:
+            return
+        if self._budget.take(num_bytes):
+            self._parts.append(states)
+            self._num_bytes += num_bytes
+        else:
+            self._empty()
+            self.is_whole = False
+
+    def reorder(self, row_order: tuple[int, ...]) -> None:
+        """Let row i continue what row `row_order[i]` was."""
+        if self._parts:
+            self._orders.append((len(self._parts), row_order))
+
+    def cut(self, length: int) -> None:
+        """Forget what is behind the first `length` tokens."""
+        while self._parts and self.length > length:
+            last = self._parts.pop()
+            self._count(-memoryview(last.data).nbytes)
+            self.length -= last.shape[1]
+            if self.length < length:
+                kept = to_wire(from_wire(last)[:, : length - self.length])
+                self._parts.append(kept)
+                self._count(memoryview(kept.data).nbytes)
+                self.length = length
+        self.length = min(self.length, length)
+        self._orders = [(min(count, len(self._parts)), order) for count, order in self._orders if self._parts]
+        self.is_whole = self.is_whole or not length
+
+    def chunks(self, length: int, width: int) -> Iterator[tuple[int, WireTensor]]:
+        """Yield the first `length` tokens as (position, states), at most `width` tokens at a time."""
+        waiting: list[torch.Tensor] = []
+        position, held = 0, 0
+        for states in self._permuted():
+            for piece in torch.split(states[:, : max(0, length - position - held)], width, dim=1):
+                if held and (held + piece.shape[1] > width or piece.dtype != waiting[0].dtype):
+                    yield position, to_wire(torch.cat(waiting, dim=1))
+                    position, held, waiting = position + held, 0, []
+                if piece.shape[1]:
+                    waiting.append(piece)
+                    held += piece.shape[1]
+        if held:
+            yield position, to_wire(torch.cat(waiting, dim=1))
+
+    def drop(self) -> None:
+        """Free the memory; the tape is not used any more."""
+        self._empty()
+
+    def _permuted(self) -> Iterator[torch.Tensor]:
+        # From the end, since what came later permuted all that was there.
+        orders: list[Sequence[int]] = []
+        order: Sequence[int] = ()
+        left = list(self._orders)
+        for index in reversed(range(len(self._parts))):
+            while left and left[-1][0] > index:
+                _, earlier = left.pop()
+                order = [earlier[row] for row in order] if order else earlier
+            orders.append(order)
+        for part, rows in zip(self._parts, reversed(orders), strict=True):
+            states = from_wire(part)
+            yield states[list(rows)] if rows else states
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        self._budget.used_bytes += num_bytes
+
+    def _empty(self) -> None:
+        self._budget.give_back(self._num_bytes)
+        self._parts, self._orders, self._num_bytes = [], [], 0

@@ -1,0 +1,69 @@
+"""A tape holds what went into a hop, through roll-backs and permutations, within its budget."""
+
+from collections.abc import Sequence
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarm_client.tape import Tape, TapeBudget
+from swarm_protocol.tensors import from_wire, to_wire
+
+ROWS, HIDDEN = 3, 2
+ORDERS = st.lists(st.integers(0, ROWS - 1), min_size=ROWS, max_size=ROWS).map(tuple)
+EVENTS = st.lists(
+    st.one_of(st.integers(0, 4), st.tuples(st.just("cut"), st.floats(0, 1)), ORDERS),
+    max_size=30,
+)
+
+
+def made(number: int, columns: int) -> torch.Tensor:
+    return torch.randn(ROWS, columns, HIDDEN, generator=torch.Generator().manual_seed(number))
+
+
+@given(events=EVENTS, share=st.floats(0, 1), width=st.integers(1, 7))
+def test_chunks_are_what_a_cache_would_have_seen(events: Sequence[object], share: float, width: int) -> None:
+    budget = TapeBudget(1 << 20)
+    tape, whole = Tape(budget), torch.zeros(ROWS, 0, HIDDEN)
+    for number, event in enumerate(events):
+        match event:
+            case int():
+                tape.append(to_wire(made(number, event)))
+                whole = torch.cat([whole, made(number, event)], dim=1)
+            case ("cut", float() as part):
+                length = int(part * whole.shape[1])
+                tape.cut(length)
+                whole = whole[:, :length]
+            case tuple():
+                tape.reorder(event)
+                whole = whole[list(event)]
+    assert tape.length == whole.shape[1]
+    length = int(share * whole.shape[1])
+    chunks = list(tape.chunks(length, width))
+    assert [start for start, _ in chunks] == [
+        sum(states.shape[1] for _, states in chunks[:n]) for n in range(len(chunks))
+    ]
+    assert all(1 <= states.shape[1] <= width for _, states in chunks)
+    played = torch.cat([torch.zeros(ROWS, 0, HIDDEN), *(from_wire(states) for _, states in chunks)], dim=1)
+    assert torch.equal(played, whole[:, :length])
+    assert budget.used_bytes == whole.nbytes
+    tape.drop()
+    assert budget.used_bytes == 0
+
+
+def test_a_tape_that_does_not_fit_is_empty_until_it_begins_anew() -> None:
+    budget = TapeBudget(made(0, 3).nbytes)
+    tape, other = Tape(budget), Tape(budget)
+    other.append(to_wire(made(0, 1)))
+    tape.append(to_wire(made(1, 2)))
+    assert tape.is_whole
+    tape.append(to_wire(made(2, 1)))
+    assert not tape.is_whole
+    assert budget.used_bytes == made(0, 1).nbytes
+    tape.cut(1)
+    tape.append(to_wire(made(3, 1)))
+    assert (tape.length, tape.is_whole, budget.used_bytes) == (2, False, made(0, 1).nbytes)
+    tape.cut(0)
+    tape.append(to_wire(made(4, 2)))
+    assert tape.is_whole
+    assert other.is_whole

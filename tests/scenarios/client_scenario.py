@@ -1,0 +1,189 @@
+"""Nodes and a client's session over them on the network in memory, with a tiny random model and a fake clock."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from server_node.admission import ServedSpan
+from server_node.announcer import Announcer
+from server_node.compute.block_runner import BlockRunner
+from server_node.compute.work import StepWork, Work
+from server_node.compute.worker import ComputeWorker
+from server_node.config import NodeLimits
+from server_node.node import Node, announced
+from swarm_client.config import ClientConfig
+from swarm_client.prefix_hashes import KEY_BYTES
+from swarm_client.routing.find_route import ModelKey
+from swarm_client.routing.watcher import SwarmWatcher
+from swarm_client.swarm_session import SwarmSession
+from swarm_client.tape import TapeBudget
+from swarm_protocol.errors import (
+    StreamLostError,
+)
+from swarm_protocol.messages import (
+    SESSION_PROTOCOL,
+)
+from swarm_protocol.model.checkpoint import open_checkpoint
+from swarm_protocol.model.parts import SpanModule, load_span
+from swarm_protocol.records import directory_key, seal
+from swarm_protocol.spans import Span
+from swarm_protocol.tensors import from_wire, to_wire
+from swarm_protocol.transport.base import FrameStream
+from swarm_protocol.transport.memory_net import MemoryNetwork, MemoryTransport
+from tests.node.node_scenario import (
+    HIDDEN,
+    MODEL,
+    REVISION,
+    Conversation,
+    InlineExecutor,
+    node_record,
+)
+from tests.tiny_models import NUM_BLOCKS, save_tiny_model
+
+KEY = ModelKey(MODEL, REVISION, NUM_BLOCKS)
+CONFIG = ClientConfig(open_s=5.0, step_s=20.0, resume_s=8.0, view_age_s=0.0)
+HALVES = (Span(0, 2), Span(2, NUM_BLOCKS))
+WHOLE = Span(0, NUM_BLOCKS)
+PREFIX_KEY = b"k" * KEY_BYTES
+
+
+@cache
+def span_module(span: Span) -> SpanModule:
+    with TemporaryDirectory() as folder:
+        save_tiny_model("llama", Path(folder))
+        return load_span(open_checkpoint(folder), span, dtype=torch.float32, device=torch.device("cpu"))
+
+
+class CountingWorker(ComputeWorker):
+    """Counts the steps that it computes."""
+
+    def __init__(self, span: Span) -> None:
+        super().__init__(InlineExecutor(), runner=BlockRunner(span_module(span)))
+        self.span = span
+        self.num_steps = 0
+
+    async def run(self, work: Work) -> Any:  # type: ignore[override]
+        self.num_steps += isinstance(work, StepWork)
+        return await super().run(work)
+
+
+@dataclass
+class Served:
+    """A node that runs."""
+
+    transport: MemoryTransport
+    node: Node
+    worker: CountingWorker
+
+
+@dataclass
+class Scene:
+    """Nodes, a client's session over them that is not open yet, and the script's hands."""
+
+    network: MemoryNetwork
+    client: MemoryTransport
+    session: SwarmSession
+    nodes: list[Served]
+    group: asyncio.TaskGroup
+    stop: asyncio.Event
+
+    async def steps(self, hidden_states: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """One step for each column, at positions from `first` on."""
+        outputs = []
+        for column in range(hidden_states.shape[1]):
+            result = await self.session.step(to_wire(hidden_states[:, column : column + 1]), first + column)
+            outputs.append(from_wire(result.outputs[-1]))
+        return torch.cat(outputs, dim=1)
+
+    async def add_node(self, span: Span) -> Served:
+        """Start one more node."""
+        self.nodes.append(served := await start_node(self.network, span, self.stop, self.group))
+        return served
+
+    def kill(self, index: int) -> None:
+        """End a node as SIGKILL would."""
+        self.network.kill(self.nodes[index].transport.peer_id)
+
+    def another_session(self, config: ClientConfig = CONFIG) -> SwarmSession:
+        watcher = SwarmWatcher(self.client, KEY.name, KEY.num_blocks, config.avoid_s)
+        return SwarmSession(self.client, watcher, config, KEY, 1, 20, PREFIX_KEY, TapeBudget(1 << 20))
+
+
+@asynccontextmanager
+async def scene(*spans: Span, config: ClientConfig = CONFIG) -> AsyncIterator[Scene]:
+    network = MemoryNetwork()
+    stop = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        nodes = [await start_node(network, span, stop, group) for span in spans]
+        client = network.transport()
+        made = Scene(network, client, None, nodes, group, stop)  # type: ignore[arg-type]
+        made.session = made.another_session(config)
+        yield made
+        await made.session.close()
+        stop.set()
+    for served in nodes:
+        await served.transport.close()
+
+
+async def start_node(network: MemoryNetwork, span: Span, stop: asyncio.Event, group: asyncio.TaskGroup) -> Served:
+    transport = network.transport()
+    worker = CountingWorker(span)
+    record = replace(node_record(transport), start_block=span.start, end_block=span.end)
+    announcer = Announcer(transport, network.identity(transport.peer_id).sign, record)
+    node = Node(transport, announcer, worker, ServedSpan(MODEL, REVISION, span, HIDDEN, "float32", 400), NodeLimits())
+    online = asyncio.Event()
+    group.create_task(serve(node, announcer, stop, online))
+    await online.wait()
+    return Served(transport, node, worker)
+
+
+async def serve(node: Node, announcer: Announcer, stop: asyncio.Event, online: asyncio.Event) -> None:
+    try:
+        async with announced(announcer):
+            await node.serve(stop, online.set)
+    except* StreamLostError:
+        pass  # it was killed
+
+
+Answer = Callable[[Conversation, Any], Awaitable[None]]
+
+
+async def add_scripted_node(network: MemoryNetwork, answer: Answer, span: Span = WHOLE) -> MemoryTransport:
+    """A peer that says that it serves `span` and answers every message as `answer` does."""
+    transport = network.transport()
+
+    async def handle(stream: FrameStream) -> None:
+        talk = Conversation(stream)
+        while True:
+            await answer(talk, await talk.receive())
+
+    await transport.serve(SESSION_PROTOCOL, handle)
+    record = replace(
+        node_record(transport),
+        start_block=span.start,
+        end_block=span.end,
+        state="online",
+        expires_at_s=network.now_s() + 30,
+        free_tokens=1000,
+    )
+    value = seal(record, network.identity(transport.peer_id).sign)
+    await transport.directory.store(directory_key(MODEL, span.start), transport.peer_id, value, record.expires_at_s)
+    return transport
+
+
+def local_output(hidden_states: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        for span in HALVES:
+            hidden_states = span_module(span)(hidden_states)
+    return hidden_states
+
+
+def now_s() -> float:
+    return asyncio.get_running_loop().time()
