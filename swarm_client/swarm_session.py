@@ -14,6 +14,7 @@ from functools import partial
 
 from swarm_client.config import ClientConfig
 from swarm_client.prefix_hashes import TokenPrefix, page_hashes
+from swarm_client.prompt_pages import PromptPages
 from swarm_client.recovery import MAX_WRONG_ANSWERS, Fault, fault_of, is_wrong_answer, stays_usable
 from swarm_client.routing.find_route import Hop, ModelKey, find_route
 from swarm_client.routing.watcher import SwarmWatcher
@@ -99,6 +100,7 @@ class SwarmSession:
         self._limits = HopLimits(config.open_s, config.step_s, config.resume_s, config.reserve_tokens)
         self._legs: list[_Leg] = []
         self._num_steps = 0
+        self._prompt = PromptPages(tapes, ())
         self._failed_s: dict[PeerId, float] = {}
         """When a node failed this session, on the swarm's clock: it is not asked again before it says that it lives."""
         self._endings: set[asyncio.Task[None]] = set()
@@ -133,7 +135,9 @@ class SwarmSession:
                 logger.info("route failed, trying another (%s): %s", attempt, error)
                 continue
             self._legs = [_Leg(stream, Tape(self._tapes)) for stream in streams]
-            return cached
+            hashes = [self._hashes(hops[: number + 1], prefix) for number in range(len(hops))]
+            self._prompt = PromptPages(self._tapes, hashes)
+            return self._prompt.begin([leg.tape for leg in self._legs], cached)
         raise AssertionError("unreachable")
 
     async def step(
@@ -167,6 +171,7 @@ class SwarmSession:
             else:
                 states.append(reply)
                 timings.append(timing)
+        self._prompt.keep([leg.tape for leg in self._legs], position)
         return StepResult(tuple(states[1:]), tuple(timings))
 
     async def close(self) -> None:
@@ -244,6 +249,7 @@ class SwarmSession:
                 logger.info("still looking: %s", problem)
             await asyncio.sleep(LOOK_AGAIN_S)
         self._legs[index : index + 1] = found
+        self._prompt = PromptPages(self._tapes, ())  # the hashes were those of other hops
         self._end(leg.stream)
         route = " → ".join(f"{short_peer(new.stream.hop.peer_id)}[{new.stream.hop.span}]" for new in found)
         logger.info("recovered %d tokens of %s at %s", position, leg.stream.hop.span, route)

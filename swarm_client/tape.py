@@ -1,20 +1,28 @@
 """What went into one hop of a session, kept so that another node can be given it when the hop's node dies."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from swarm_client.prefix_tapes import PrefixTapes
 from swarm_protocol.messages import WireTensor
 from swarm_protocol.tensors import from_wire, to_wire
+
+PREFIX_SHARE = 0.25
+"""Of what tapes may take: as much again, for prompts that begin alike."""
 
 
 @dataclass(slots=True)
 class TapeBudget:
-    """What all tapes of a client may take together."""
+    """What all tapes of a client may take together, and what they share."""
 
     max_bytes: int
     used_bytes: int = 0
+    prefixes: PrefixTapes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prefixes = PrefixTapes(int(PREFIX_SHARE * self.max_bytes))
 
     def take(self, num_bytes: int) -> bool:
         """Count `num_bytes` if they fit; return whether they did."""
@@ -38,11 +46,19 @@ class Tape:
     def __init__(self, budget: TapeBudget) -> None:
         self._budget = budget
         self._parts: list[WireTensor] = []
+        # How many of them, at the beginning, are not this tape's own, and count for nothing.
+        self._num_shared = 0
         # Permutations of the rows, oldest first, each with the number of parts that were there.
         self._orders: list[tuple[int, tuple[int, ...]]] = []
         self._num_bytes = 0
         self.length = 0
         self.is_whole = True
+
+    def begin_with(self, pages: Sequence[WireTensor]) -> None:
+        """Begin with pages that others have, too."""
+        self._parts = list(pages)
+        self._num_shared = len(pages)
+        self.length = sum(page.shape[1] for page in pages)
 
     def append(self, states: WireTensor) -> None:
         """Add what comes next."""
@@ -66,7 +82,10 @@ class Tape:
         """Forget what is behind the first `length` tokens."""
         while self._parts and self.length > length:
             last = self._parts.pop()
-            self._count(-memoryview(last.data).nbytes)
+            if len(self._parts) < self._num_shared:
+                self._num_shared = len(self._parts)
+            else:
+                self._count(-memoryview(last.data).nbytes)
             self.length -= last.shape[1]
             if self.length < length:
                 kept = to_wire(from_wire(last)[:, : length - self.length])
@@ -92,6 +111,16 @@ class Tape:
         if held:
             yield position, to_wire(torch.cat(waiting, dim=1))
 
+    def part(self, start: int, end: int) -> WireTensor:
+        """Return the tokens from `start` to `end` of a tape of one row, which has them."""
+        pieces, position = [], 0
+        for states in self._parts:
+            first, last = max(start, position), min(end, position + states.shape[1])
+            if first < last:
+                pieces.append(from_wire(states)[:, first - position : last - position])
+            position += states.shape[1]
+        return to_wire(torch.cat(pieces, dim=1))
+
     def drop(self) -> None:
         """Free the memory; the tape is not used any more."""
         self._empty()
@@ -116,4 +145,4 @@ class Tape:
 
     def _empty(self) -> None:
         self._budget.give_back(self._num_bytes)
-        self._parts, self._orders, self._num_bytes = [], [], 0
+        self._parts, self._orders, self._num_bytes, self._num_shared = [], [], 0, 0

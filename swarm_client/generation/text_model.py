@@ -109,6 +109,11 @@ class DistributedTextSession:
         """The most tokens that the session can hold."""
         return self._session.max_length
 
+    @property
+    def route(self) -> Sequence[str]:
+        """The route as people read it, a line for each hop; empty before the first token."""
+        return self._session.route
+
     def append_text(self, text: str, *, add_special_tokens: bool | None = None) -> int:
         """Tokenize `text` behind what is there; see `TextSession`."""
         is_first = not self._token_ids

@@ -6,7 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarm_client.prefix_tapes import PrefixTapes
+from swarm_client.prompt_pages import PromptPages
 from swarm_client.tape import Tape, TapeBudget
+from swarm_protocol.messages import PAGE_TOKENS
 from swarm_protocol.tensors import from_wire, to_wire
 
 ROWS, HIDDEN = 3, 2
@@ -67,3 +70,53 @@ def test_a_tape_that_does_not_fit_is_empty_until_it_begins_anew() -> None:
     tape.append(to_wire(made(4, 2)))
     assert tape.is_whole
     assert other.is_whole
+
+
+def pages(number: int) -> list[torch.Tensor]:
+    return [torch.randn(1, PAGE_TOKENS, HIDDEN, generator=torch.Generator().manual_seed(at)) for at in range(number)]
+
+
+def test_what_one_session_leaves_is_what_the_next_begins_with() -> None:
+    budget, hashes = TapeBudget(1 << 20), [(b"a", b"b", b"c"), (b"d", b"e", b"f")]
+    tapes = [Tape(budget), Tape(budget)]
+    prompt = PromptPages(budget, hashes)
+    assert prompt.begin(tapes, 0) == 0
+    whole = torch.cat([*pages(3), torch.zeros(1, 5, HIDDEN)], dim=1)
+    for first, last in ((0, 100), (100, 150)):
+        for tape in tapes:
+            tape.append(to_wire(whole[:, first:last]))
+        prompt.keep(tapes, first)
+    later = [Tape(budget), Tape(budget)]
+    used_bytes = budget.used_bytes
+    assert PromptPages(budget, hashes).begin(later, 3 * PAGE_TOKENS) == 2 * PAGE_TOKENS  # the third was not complete
+    assert budget.used_bytes == used_bytes
+    for tape in later:
+        tape.append(to_wire(whole[:, 128:197]))
+        assert torch.equal(torch.cat([from_wire(states) for _, states in tape.chunks(197, 50)], dim=1), whole)
+        tape.cut(70)
+        assert torch.equal(torch.cat([from_wire(states) for _, states in tape.chunks(70, 50)], dim=1), whole[:, :70])
+        tape.drop()
+    assert PromptPages(budget, hashes).begin([Tape(budget), Tape(budget)], PAGE_TOKENS) == PAGE_TOKENS
+
+
+def test_nothing_is_kept_behind_a_roll_back() -> None:
+    budget = TapeBudget(1 << 20)
+    tape, prompt = Tape(budget), PromptPages(budget, [(b"a", b"b")])
+    tape.append(to_wire(pages(2)[0]))
+    prompt.keep([tape], 0)
+    tape.cut(10)
+    tape.append(to_wire(torch.cat(pages(2), dim=1)))
+    prompt.keep([tape], 10)
+    assert len(budget.prefixes.find((b"a", b"b"))) == 1
+
+
+def test_the_least_recently_used_pages_go_first_and_ends_before_beginnings() -> None:
+    prefixes = PrefixTapes(3 * pages(1)[0].nbytes)
+    for name in (b"a", b"b", b"c"):
+        prefixes.keep(name, to_wire(pages(1)[0]))
+    assert len(prefixes.find((b"a", b"b"))) == 2
+    prefixes.keep(b"d", to_wire(pages(1)[0]))  # in the place of c
+    assert not prefixes.find((b"c",))
+    prefixes.keep(b"e", to_wire(pages(1)[0]))  # in the place of b, behind a
+    assert len(prefixes.find((b"a", b"b"))) == 1
+    assert prefixes.used_bytes == prefixes.max_bytes
