@@ -4,6 +4,8 @@ import contextlib
 import contextvars
 import inspect
 import logging
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -126,7 +128,11 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
 
     def text_model(self) -> DistributedTextModel:
         """Return this model with its tokenizer, as text in and text out; what the chat site uses."""
-        return DistributedTextModel(self.checkpoint, self.ends, self.remote_blocks)
+        with _text_models_lock:
+            found = _text_models.get(self)
+            if found is None:  # parsing a tokenizer takes seconds
+                found = _text_models[self] = DistributedTextModel(self.checkpoint, self.ends, self.remote_blocks)
+        return found
 
     def stream(
         self, prompt: str | Sequence[ChatMessage], params: SamplingParams, *, max_length: int | None = None
@@ -258,6 +264,8 @@ def choose_dtype(wanted: torch.dtype | str | None, checkpoint: Checkpoint, devic
     return dtype
 
 
+_text_models: "weakref.WeakKeyDictionary[DistributedCausalLM, DistributedTextModel]" = weakref.WeakKeyDictionary()
+_text_models_lock = threading.Lock()
 _classes: dict[type, type] = {}
 
 

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import importlib.util
+import os
+import signal
 import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedModel, StoppingCriteriaList
 
 from app.demo import find_model
 from bench.node_processes import NodeProcess
@@ -105,13 +107,33 @@ def test_chat_keeps_its_cache_over_turns(smollm2: Served) -> None:
     session.close()
 
 
-def test_a_killed_node_gives_a_retryable_error_and_the_other_leaves_politely(smollm2: Served) -> None:
-    session = smollm2.remote.inference_session(max_length=200)
-    ids = torch.tensor([[1, 2, 3]])
-    smollm2.remote.generate(ids, max_new_tokens=2, do_sample=False, session=session, pad_token_id=0)
-    smollm2.nodes[1].kill()
-    with pytest.raises(SwarmError) as caught:
-        smollm2.remote.generate(max_new_tokens=2, do_sample=False, session=session, pad_token_id=0)
-    assert caught.value.retryable
-    session.close()
-    assert smollm2.nodes[0].stop() == 0
+def test_an_answer_outlives_nodes_until_the_last_one_is_gone(smollm2: Served) -> None:
+    ids, source = torch.tensor([[1, 504, 3575, 282, 4649, 314]]), str(find_model())
+    first, second = smollm2.nodes
+    with contextlib.ExitStack() as stack:
+        spares = [stack.enter_context(NodeProcess(source, "15:30", [first.address])) for _ in range(2)]
+        serving = {node.wait_until_online().address.rsplit("/", 1)[-1]: node for node in (second, *spares)}
+        ends = {8: signal.SIGKILL, 30: signal.SIGSTOP}
+        session = stack.enter_context(smollm2.remote.inference_session(max_length=200))
+
+        def end_a_node(tokens: torch.Tensor, *_: object) -> torch.Tensor:
+            kind = ends.get(tokens.shape[1] - ids.shape[1])
+            if kind is not None:
+                os.kill(serving.pop(session.route[-1].split()[-1]).pid, kind)
+            return torch.zeros(1, dtype=torch.bool)
+
+        found = smollm2.remote.generate(
+            ids,
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+            session=session,
+            stopping_criteria=StoppingCriteriaList([end_a_node]),
+        )
+        assert found[0].tolist() == greedy(smollm2.local, ids)
+        assert session.route[-1].split()[-1] in serving
+        serving.popitem()[1].kill()
+        with pytest.raises(SwarmError) as caught:
+            smollm2.remote.generate(max_new_tokens=2, do_sample=False, session=session, pad_token_id=0)
+        assert caught.value.retryable
+    assert first.stop() == 0
