@@ -10,6 +10,7 @@ from swarm_protocol.errors import (
     NodeDrainingError,
     ProtocolError,
     SessionClosedError,
+    SessionNotFoundError,
     SwarmError,
 )
 
@@ -42,6 +43,11 @@ def fault_of(error: SwarmError, *, is_first_hop: bool, is_input_finite: bool) ->
 def stays_usable(error: SwarmError) -> bool:
     """Whether the session goes on at its node if no other one takes it: the step was refused, nothing is lost."""
     return isinstance(error, CacheFullError | LimitExceededError | NodeDrainingError)
+
+
+def has_forgotten(error: SwarmError) -> bool:
+    """Whether the node is well but has the session no more: it was restarted, or the session was idle for too long."""
+    return isinstance(error, SessionClosedError | SessionNotFoundError)
 
 
 def is_wrong_answer(error: SwarmError) -> bool:

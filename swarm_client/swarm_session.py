@@ -15,7 +15,7 @@ from functools import partial
 from swarm_client.config import ClientConfig
 from swarm_client.prefix_hashes import TokenPrefix, page_hashes
 from swarm_client.prompt_pages import PromptPages
-from swarm_client.recovery import MAX_WRONG_ANSWERS, Fault, fault_of, is_wrong_answer, stays_usable
+from swarm_client.recovery import MAX_WRONG_ANSWERS, Fault, fault_of, has_forgotten, is_wrong_answer, stays_usable
 from swarm_client.routing.find_route import Hop, ModelKey, find_route
 from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.span_stream import HopLimits, SpanStream, tokens_to_reserve
@@ -149,8 +149,7 @@ class SwarmSession:
         fails are given to others; where there are none, they are waited for, `ClientConfig.max_wait_s` long. Raises
         SwarmError.
         """
-        if not self._legs:
-            raise SessionClosedError("the session is closed; open a new one")
+        self._check_open()
         self._num_steps += 1
         # The caller may change its tensor after the step; the tape is to keep what was sent.
         states = [WireTensor(hidden_states.dtype, hidden_states.shape, bytes(hidden_states.data))]
@@ -162,6 +161,7 @@ class SwarmSession:
             try:
                 reply, timing = await self._step_leg(leg, states[index], position, order)
             except SwarmError as error:
+                self._check_open()
                 lost = self._lost_leg(error, index, states, order is not None)
                 num_wrong += is_wrong_answer(error)
                 if num_wrong == MAX_WRONG_ANSWERS:
@@ -169,6 +169,7 @@ class SwarmSession:
                 await self._replace(lost, position, error)
                 del states[lost + 1 :], timings[lost:]
             else:
+                self._check_open()
                 states.append(reply)
                 timings.append(timing)
         self._prompt.keep([leg.tape for leg in self._legs], position)
@@ -183,6 +184,10 @@ class SwarmSession:
             ending.cancel()
         await asyncio.gather(*(leg.stream.close() for leg in legs), *self._endings, return_exceptions=True)
 
+    def _check_open(self) -> None:
+        if not self._legs:
+            raise SessionClosedError("the session is closed; open a new one")
+
     # one hop of a step
 
     def _begin(
@@ -194,8 +199,7 @@ class SwarmSession:
             leg.step_number = self._num_steps
             if row_order is not None:
                 leg.tape.reorder(row_order)
-        leg.tape.cut(position)
-        leg.tape.append(states)
+        leg.tape.write(position, states)
         return row_order if is_first else None
 
     async def _step_leg(
@@ -203,10 +207,11 @@ class SwarmSession:
     ) -> tuple[WireTensor, HopTiming]:
         if leg.failure is not None:
             raise leg.failure.with_traceback(None)
+        is_last = leg is self._legs[-1]
         started_s = time.perf_counter()
         reply = await leg.stream.step(states, position, order)
         timing = HopTiming(leg.stream.hop, time.perf_counter() - started_s, reply.queue_s, reply.compute_s)
-        if leg is self._legs[-1]:  # of the others' outputs the next node sees it
+        if is_last:  # of the others' outputs the next node sees it
             check_finite(from_wire(reply.hidden_states))
         return reply.hidden_states, timing
 
@@ -248,6 +253,11 @@ class SwarmSession:
                     raise
                 logger.info("still looking: %s", problem)
             await asyncio.sleep(LOOK_AGAIN_S)
+            self._check_open()
+        if not self._legs:  # closed meanwhile
+            for new in found:
+                self._end(new.stream)
+        self._check_open()
         self._legs[index : index + 1] = found
         self._prompt = PromptPages(self._tapes, ())  # the hashes were those of other hops
         self._end(leg.stream)
@@ -279,7 +289,7 @@ class SwarmSession:
         for start, states in tape.chunks(position, width):
             for leg in legs:
                 if leg is not legs[0]:
-                    leg.tape.append(states)
+                    leg.tape.write(start, states)
                 try:
                     states = (await leg.stream.step(states, start)).hidden_states
                     check_finite(from_wire(states))
@@ -292,7 +302,8 @@ class SwarmSession:
         """The node of `leg` has failed; what it held is given up."""
         if leg.failure is None:
             leg.failure = error
-            self._blame(leg.stream.hop.peer_id)
+            if not has_forgotten(error):
+                self._blame(leg.stream.hop.peer_id)
 
     def _blame(self, peer_id: PeerId) -> None:
         self._failed_s[peer_id] = self._transport.now_s()

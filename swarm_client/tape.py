@@ -60,8 +60,12 @@ class Tape:
         self._num_shared = len(pages)
         self.length = sum(page.shape[1] for page in pages)
 
-    def append(self, states: WireTensor) -> None:
-        """Add what comes next."""
+    def write(self, position: int, states: WireTensor) -> None:
+        """Forget what is behind `position` and add what comes there. A hole before it makes the tape useless."""
+        self.cut(position)
+        if self.length < position:
+            self._empty()
+            self.is_whole, self.length = False, position
         self.length += states.shape[1]
         num_bytes = memoryview(states.data).nbytes
         if not self.is_whole or not num_bytes:

@@ -31,7 +31,7 @@ def test_chunks_are_what_a_cache_would_have_seen(events: Sequence[object], share
     for number, event in enumerate(events):
         match event:
             case int():
-                tape.append(to_wire(made(number, event)))
+                tape.write(whole.shape[1], to_wire(made(number, event)))
                 whole = torch.cat([whole, made(number, event)], dim=1)
             case ("cut", float() as part):
                 length = int(part * whole.shape[1])
@@ -57,17 +57,15 @@ def test_chunks_are_what_a_cache_would_have_seen(events: Sequence[object], share
 def test_a_tape_that_does_not_fit_is_empty_until_it_begins_anew() -> None:
     budget = TapeBudget(made(0, 3).nbytes)
     tape, other = Tape(budget), Tape(budget)
-    other.append(to_wire(made(0, 1)))
-    tape.append(to_wire(made(1, 2)))
+    other.write(0, to_wire(made(0, 1)))
+    tape.write(0, to_wire(made(1, 2)))
     assert tape.is_whole
-    tape.append(to_wire(made(2, 1)))
+    tape.write(2, to_wire(made(2, 1)))
     assert not tape.is_whole
     assert budget.used_bytes == made(0, 1).nbytes
-    tape.cut(1)
-    tape.append(to_wire(made(3, 1)))
+    tape.write(1, to_wire(made(3, 1)))
     assert (tape.length, tape.is_whole, budget.used_bytes) == (2, False, made(0, 1).nbytes)
-    tape.cut(0)
-    tape.append(to_wire(made(4, 2)))
+    tape.write(0, to_wire(made(4, 2)))
     assert tape.is_whole
     assert other.is_whole
 
@@ -84,14 +82,14 @@ def test_what_one_session_leaves_is_what_the_next_begins_with() -> None:
     whole = torch.cat([*pages(3), torch.zeros(1, 5, HIDDEN)], dim=1)
     for first, last in ((0, 100), (100, 150)):
         for tape in tapes:
-            tape.append(to_wire(whole[:, first:last]))
+            tape.write(first, to_wire(whole[:, first:last]))
         prompt.keep(tapes, first)
     later = [Tape(budget), Tape(budget)]
     used_bytes = budget.used_bytes
     assert PromptPages(budget, hashes).begin(later, 3 * PAGE_TOKENS) == 2 * PAGE_TOKENS  # the third was not complete
     assert budget.used_bytes == used_bytes
     for tape in later:
-        tape.append(to_wire(whole[:, 128:197]))
+        tape.write(128, to_wire(whole[:, 128:197]))
         assert torch.equal(torch.cat([from_wire(states) for _, states in tape.chunks(197, 50)], dim=1), whole)
         tape.cut(70)
         assert torch.equal(torch.cat([from_wire(states) for _, states in tape.chunks(70, 50)], dim=1), whole[:, :70])
@@ -102,10 +100,9 @@ def test_what_one_session_leaves_is_what_the_next_begins_with() -> None:
 def test_nothing_is_kept_behind_a_roll_back() -> None:
     budget = TapeBudget(1 << 20)
     tape, prompt = Tape(budget), PromptPages(budget, [(b"a", b"b")])
-    tape.append(to_wire(pages(2)[0]))
+    tape.write(0, to_wire(pages(2)[0]))
     prompt.keep([tape], 0)
-    tape.cut(10)
-    tape.append(to_wire(torch.cat(pages(2), dim=1)))
+    tape.write(10, to_wire(torch.cat(pages(2), dim=1)))
     prompt.keep([tape], 10)
     assert len(budget.prefixes.find((b"a", b"b"))) == 1
 
@@ -120,3 +117,11 @@ def test_the_least_recently_used_pages_go_first_and_ends_before_beginnings() -> 
     prefixes.keep(b"e", to_wire(pages(1)[0]))  # in the place of b, behind a
     assert len(prefixes.find((b"a", b"b"))) == 1
     assert prefixes.used_bytes == prefixes.max_bytes
+
+
+def test_a_hole_makes_a_tape_useless() -> None:
+    budget = TapeBudget(1 << 20)
+    tape = Tape(budget)
+    tape.write(0, to_wire(made(0, 2)))
+    tape.write(3, to_wire(made(1, 1)))
+    assert (tape.is_whole, tape.length, budget.used_bytes) == (False, 4, 0)

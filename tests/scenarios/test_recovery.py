@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm_client.span_stream import NOTICE_S
-from swarm_protocol.errors import CacheFullError, InvalidTensorError, MissingBlocksError
+from swarm_protocol.errors import CacheFullError, InvalidTensorError, MissingBlocksError, SessionClosedError
 from swarm_protocol.messages import OpenSession, Ping, Pong, SessionOpened, Step, StepReply, error_reply
 from swarm_protocol.spans import Span
 from swarm_protocol.tensors import from_wire, to_wire
 from swarm_protocol.transport.memory_net import LinkProfile
 from swarm_protocol.transport.virtual_clock import run_virtual
-from tests.node.node_scenario import HIDDEN, Conversation, states, virtual
+from tests.node.node_scenario import HIDDEN, Conversation, settle, states, virtual
 from tests.scenarios.client_scenario import (
     CONFIG,
     HALVES,
@@ -362,3 +362,33 @@ def test_no_wait_means_that_the_error_comes_at_once() -> None:
             assert now_s() - started_s < 1.0
 
     run_virtual(run())
+
+
+@virtual
+async def test_a_session_that_was_idle_for_too_long_is_computed_again_at_the_same_node() -> None:
+    async with scene(*HALVES) as s:
+        await s.session.open(1)
+        first = await s.steps(states(3))
+        for served in s.nodes:
+            served.node.sessions.close_all()
+        started_s = now_s()
+        rest = await s.steps(states(6)[:, 3:], first=3)
+        assert now_s() - started_s < 1.0
+        assert_close(torch.cat([first, rest], dim=1), local_output(states(6)))
+
+
+@virtual
+async def test_a_session_that_is_closed_during_a_recovery_leaves_nothing_behind() -> None:
+    async with scene(*HALVES) as s:
+        await s.session.open(1)
+        await s.steps(states(3))
+        s.kill(1)
+        step = asyncio.create_task(s.steps(states(4)[:, 3:], first=3))
+        await asyncio.sleep(10.0)
+        await s.session.close()
+        await s.add_node(SECOND)
+        with pytest.raises(SessionClosedError):
+            await step
+        await settle()
+        assert [len(served.node.sessions) for served in s.nodes[::2]] == [0, 0]
+        assert s.session._tapes.used_bytes == 0
