@@ -52,6 +52,9 @@ RESUME_TRY_S = 1.0
 NOTICE_S = 1.0
 """Within this, or four of its usual steps, a node that gives no sign of life is found out."""
 
+WATCHED_BYTES = 64 * 1024
+"""What is sent of a larger step may fill every buffer on the way to a node that is frozen."""
+
 SLOWEST_BYTES_PER_S = 256 * 1024
 """What a link is given for a step's values, both ways, before a node is asked whether it is alive: 2 Mbit/s."""
 
@@ -64,6 +67,10 @@ class HopLimits:
     step_s: float
     resume_s: float
     reserve_tokens: int
+
+
+def _num_bytes(step: Step) -> int:
+    return memoryview(step.hidden_states.data).nbytes
 
 
 def tokens_to_reserve(num_tokens: int, ahead: int, max_length: int) -> int:
@@ -223,9 +230,19 @@ class SpanStream:
     async def _send(self, step: Step) -> None:
         if self._stream is None:
             raise StreamLostError(f"no stream to {short_peer(self.hop.peer_id)}")
+        sending = asyncio.ensure_future(self._stream.send(step)) if _num_bytes(step) > WATCHED_BYTES else None
         try:
-            await self._stream.send(step)
-        except asyncio.CancelledError:
+            if sending is None:
+                await self._stream.send(step)
+                return
+            while not (await asyncio.wait([sending], timeout=self._patience_s(step)))[0]:
+                if await self._is_replaceable():
+                    raise StepTimeoutError(f"{short_peer(self.hop.peer_id)} does not take what is sent to it")
+            sending.result()
+        except (asyncio.CancelledError, StepTimeoutError):
+            if sending is not None:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
             await self._drop()
             raise
 
@@ -256,9 +273,7 @@ class SpanStream:
         if self._stream is None:
             raise StreamLostError(f"no stream to {short_peer(self.hop.peer_id)}")
         loop = asyncio.get_running_loop()
-        started_s = loop.time()
-        num_bytes = 2 * memoryview(step.hidden_states.data).nbytes
-        patience_s = max(NOTICE_S, 4 * self._usual_s) / 2 + num_bytes / SLOWEST_BYTES_PER_S
+        started_s, patience_s = loop.time(), self._patience_s(step)
         is_asked = False
         while True:
             try:
@@ -278,6 +293,10 @@ class SpanStream:
                     self._usual_s += 0.2 * (loop.time() - started_s - self._usual_s)
                 return message
             is_asked = False
+
+    def _patience_s(self, step: Step) -> float:
+        """Return how long a node that is well may be silent, at most, before it is asked."""
+        return max(NOTICE_S, 4 * self._usual_s) / 2 + 2 * _num_bytes(step) / SLOWEST_BYTES_PER_S
 
     async def _drop(self) -> None:
         if self._state.state is State.OPEN:
