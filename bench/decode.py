@@ -25,7 +25,7 @@ from app.demo import find_model
 from bench.machine import describe_machine
 from bench.node_processes import NodeProcess
 from swarm_client import AutoDistributedModelForCausalLM, ClientConfig, DistributedCausalLM
-from swarm_client.swarm_session import HopTiming
+from swarm_client.leg import HopTiming
 
 PROMPT_TOKENS = 16
 CLIENT = ClientConfig(host="127.0.0.1", relay=False)

@@ -1,12 +1,10 @@
 """Inference sessions as users see them: tensors in, tensors out, KV caches at the nodes."""
 
-import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -14,9 +12,11 @@ from typing import Any, TypeVar
 import torch
 
 from swarm_client.config import ClientConfig
+from swarm_client.leg import HopTiming, StepResult
 from swarm_client.loop_thread import LoopThread
 from swarm_client.prefix_hashes import TokenPrefix
-from swarm_client.swarm_session import HopTiming, StepResult, SwarmSession
+from swarm_client.row_groups import RowGroup, all_of, close_together, open_together
+from swarm_client.swarm_session import SwarmSession
 from swarm_protocol.errors import (
     CancelledStepError,
     InvalidRequestError,
@@ -36,19 +36,6 @@ def active_session() -> "InferenceSession | None":
     """Return the innermost session that this thread (or task) entered with `with`, unless another thread left it."""
     session = _active.get()
     return session if session is not None and session.is_entered else None
-
-
-@dataclass(slots=True)
-class _RowGroup:
-    """The rows that have the same number of left padding columns; they share one session, which knows no padding."""
-
-    rows: list[int]
-    padding: int
-    session: SwarmSession
-
-    def position(self, column: int) -> int:
-        """The group's position that column `column` of the batch has."""
-        return max(0, column - self.padding)
 
 
 class InferenceSession:
@@ -80,7 +67,7 @@ class InferenceSession:
         self._loop = loop
         self._config = config
         self._open_rows = open_rows
-        self._groups: list[_RowGroup] = []
+        self._groups: list[RowGroup] = []
         self._batch_size: int | None = None
         self._padding: tuple[int, ...] = ()
         self._position = 0
@@ -257,7 +244,7 @@ class InferenceSession:
         if len(padding) != rows:
             raise InvalidRequestError(f"padding for {len(padding)} rows, the step has {rows}")
         groups = [
-            _RowGroup(
+            RowGroup(
                 members := [row for row in range(rows) if padding[row] == width],
                 width,
                 self._open_rows(len(members), self.max_length - width),
@@ -265,7 +252,7 @@ class InferenceSession:
             for width in sorted(set(padding))
         ]
         cached = self._run(
-            lambda: _open_together(
+            lambda: open_together(
                 [group.session for group in groups], [group.position(columns) for group in groups], prefix
             )
         )
@@ -276,13 +263,15 @@ class InferenceSession:
         groups, self._groups = self._groups, []
         if groups:
             with contextlib.suppress(SessionClosedError):  # the whole connection is closed, and the sessions with it
-                self._loop.run(_close_together([group.session for group in groups]))
+                self._loop.run(close_together([group.session for group in groups]))
 
     def _step_chunks(self, hidden_states: torch.Tensor, with_span_outputs: bool) -> list[tuple[torch.Tensor, ...]]:
         before, columns = self._position, hidden_states.shape[1]
         width = max(1, self._config.step_tokens // hidden_states.shape[0])
         outputs: list[tuple[torch.Tensor, ...]] = []
         try:
+            if columns > 1 and self._row_order is None and self._padding and not any(self._padding):
+                return self._run_group(self._groups[0], hidden_states, with_span_outputs)
             for start in range(0, max(1, columns), width):
                 chunk = hidden_states[:, start : start + width]
                 outputs.append(self._step_chunk(chunk, with_span_outputs))
@@ -293,10 +282,25 @@ class InferenceSession:
             raise
         return outputs
 
+    def _run_group(
+        self, group: RowGroup, hidden_states: torch.Tensor, with_span_outputs: bool
+    ) -> list[tuple[torch.Tensor, ...]]:
+        """Run rows that are all in one group, without padding."""
+        columns, start = hidden_states.shape[1], group.position(self._position)
+        results = self._run(
+            lambda: group.session.run(lambda first, end: to_wire(hidden_states[:, first:end]), columns, start)
+        )
+        outputs = []
+        for result in results:
+            width = result.outputs[-1].shape[1]
+            outputs.append(self._assemble(hidden_states[:, :width], [group], [result], with_span_outputs))
+        self._position += columns
+        return outputs
+
     def _step_chunk(self, chunk: torch.Tensor, with_span_outputs: bool) -> tuple[torch.Tensor, ...]:
         orders = self._group_orders()
         start, columns = self._position, chunk.shape[1]
-        busy: list[_RowGroup] = []
+        busy: list[RowGroup] = []
         steps: list[Callable[[], Coroutine[Any, Any, StepResult]]] = []
         for group, order in zip(self._groups, orders, strict=True):
             first = min(max(0, group.padding - start), columns)
@@ -306,7 +310,7 @@ class InferenceSession:
             busy.append(group)
             steps.append(partial(group.session.step, to_wire(rows[:, first:]), group.position(start), order))
         try:
-            results = self._run(lambda: _all(steps))
+            results = self._run(lambda: all_of(steps))
         except BaseException:
             if any(order is not None for order in orders):
                 self.close()  # which rows were exchanged already is not known
@@ -332,7 +336,7 @@ class InferenceSession:
             self._running = None
 
     def _assemble(
-        self, chunk: torch.Tensor, busy: Sequence[_RowGroup], results: Sequence[StepResult], with_span_outputs: bool
+        self, chunk: torch.Tensor, busy: Sequence[RowGroup], results: Sequence[StepResult], with_span_outputs: bool
     ) -> tuple[torch.Tensor, ...]:
         """Return the output after the last span; after every one if asked for and the groups' spans are the same."""
         if not results:
@@ -365,33 +369,3 @@ class InferenceSession:
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=1)
-
-
-async def _all(jobs: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
-    """Run the jobs together and return their results; when one fails, raise that after all have ended."""
-    if len(jobs) == 1:  # the usual case goes without tasks of its own
-        return [await jobs[0]()]
-    results = await asyncio.gather(*(job() for job in jobs), return_exceptions=True)
-    done: list[T] = []
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-        done.append(result)
-    return done
-
-
-async def _open_together(
-    sessions: Sequence[SwarmSession], num_tokens: Sequence[int], prefix: TokenPrefix | None
-) -> list[int]:
-    opening = [
-        partial(session.open, max(1, count), prefix) for session, count in zip(sessions, num_tokens, strict=True)
-    ]
-    try:
-        return await _all(opening)
-    except BaseException:
-        await _close_together(sessions)
-        raise
-
-
-async def _close_together(sessions: Sequence[SwarmSession]) -> None:
-    await asyncio.gather(*(session.close() for session in sessions))

@@ -7,12 +7,12 @@ are given to other nodes, one or several, which are played the tape; all others 
 import asyncio
 import logging
 import secrets
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from swarm_client.config import ClientConfig
+from swarm_client.leg import HopTiming, Leg, StepResult, own_copy
+from swarm_client.pipeline import FIRST_TOKENS, LEAST_TOKENS, run_pieces
 from swarm_client.prefix_hashes import TokenPrefix, page_hashes
 from swarm_client.prompt_pages import PromptPages
 from swarm_client.recovery import MAX_WRONG_ANSWERS, Fault, fault_of, has_forgotten, is_wrong_answer, stays_usable
@@ -41,37 +41,6 @@ LOOK_AGAIN_S = 1.0
 """Between two looks for nodes that could take over blocks that nobody serves."""
 
 
-@dataclass(frozen=True, slots=True)
-class HopTiming:
-    """Where one step's time went at one hop, in seconds; what is left of `total_s` is the wire."""
-
-    hop: Hop
-    total_s: float
-    queue_s: float
-    compute_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """The hidden states (batch, seq, hidden) after every span of the route, and the time at each hop."""
-
-    outputs: tuple[WireTensor, ...]
-    timings: tuple[HopTiming, ...]
-
-
-@dataclass(slots=True, eq=False)
-class _Leg:
-    """A hop, what went into it, and the last step whose roll-back and row order the tape has seen.
-
-    `failure` says why its node cannot go on; it waits to be replaced then.
-    """
-
-    stream: SpanStream
-    tape: Tape
-    step_number: int = 0
-    failure: SwarmError | None = None
-
-
 class SwarmSession:
     """KV caches for `batch_size` rows of up to `max_length` tokens at every node of a route; they grow with the rows.
 
@@ -98,7 +67,7 @@ class SwarmSession:
         self._prefix_key = prefix_key
         self._tapes = tapes
         self._limits = HopLimits(config.open_s, config.step_s, config.resume_s, config.reserve_tokens)
-        self._legs: list[_Leg] = []
+        self._legs: list[Leg] = []
         self._num_steps = 0
         self._prompt = PromptPages(tapes, ())
         self._failed_s: dict[PeerId, float] = {}
@@ -108,7 +77,7 @@ class SwarmSession:
     @property
     def route(self) -> Sequence[Hop]:
         """The hops in the order of their blocks; empty until opened."""
-        return [leg.stream.hop for leg in self._legs]
+        return [leg.hop for leg in self._legs]
 
     @property
     def is_whole(self) -> bool:
@@ -134,7 +103,7 @@ class SwarmSession:
                     reserved = num_tokens  # what is needed now may still fit
                 logger.info("route failed, trying another (%s): %s", attempt, error)
                 continue
-            self._legs = [_Leg(stream, Tape(self._tapes)) for stream in streams]
+            self._legs = [Leg(stream, Tape(self._tapes)) for stream in streams]
             hashes = [self._hashes(hops[: number + 1], prefix) for number in range(len(hops))]
             self._prompt = PromptPages(self._tapes, hashes)
             return self._prompt.begin([leg.tape for leg in self._legs], cached)
@@ -151,15 +120,14 @@ class SwarmSession:
         """
         self._check_open()
         self._num_steps += 1
-        # The caller may change its tensor after the step; the tape is to keep what was sent.
-        states = [WireTensor(hidden_states.dtype, hidden_states.shape, bytes(hidden_states.data))]
+        states = [own_copy(hidden_states)]
         timings: list[HopTiming] = []
         num_wrong = 0
         while (index := len(states) - 1) < len(self._legs):
             leg = self._legs[index]
-            order = self._begin(leg, states[index], position, row_order)
+            order = leg.begin(self._num_steps, states[index], position, row_order)
             try:
-                reply, timing = await self._step_leg(leg, states[index], position, order)
+                reply, timing = await leg.step(states[index], position, order, is_last=leg is self._legs[-1])
             except SwarmError as error:
                 self._check_open()
                 lost = self._lost_leg(error, index, states, order is not None)
@@ -175,6 +143,27 @@ class SwarmSession:
         self._prompt.keep([leg.tape for leg in self._legs], position)
         return StepResult(tuple(states[1:]), tuple(timings))
 
+    async def run(self, cut: Callable[[int, int], WireTensor], num_tokens: int, position: int) -> list[StepResult]:
+        """Run `num_tokens` tokens at `position` in steps that are small enough, and several of them at once.
+
+        `cut(start, end)` gives their states (batch, end - start, hidden). Cancelling and errors are as in `step`.
+        """
+        self._check_open()
+        most = max(1, self._config.step_tokens // self._batch_size)
+        if len(self._legs) > 1 and num_tokens >= FIRST_TOKENS + LEAST_TOKENS:
+            self._num_steps += 1
+            try:
+                results = await run_pieces(list(self._legs), self._num_steps, cut, num_tokens, position, most)
+            except BaseExceptionGroup as problems:
+                if problems.split(SwarmError)[1] is not None:
+                    raise
+                logger.info("beginning again, a piece at a time: %s", problems.exceptions[0])
+            else:
+                self._prompt.keep([leg.tape for leg in self._legs], position)
+                return results
+        pieces = [(start, min(num_tokens, start + most)) for start in range(0, num_tokens, most)]
+        return [await self.step(cut(start, end), position + start) for start, end in pieces]
+
     async def close(self) -> None:
         """Free the caches at every node. Idempotent."""
         legs, self._legs = self._legs, []
@@ -187,33 +176,6 @@ class SwarmSession:
     def _check_open(self) -> None:
         if not self._legs:
             raise SessionClosedError("the session is closed; open a new one")
-
-    # one hop of a step
-
-    def _begin(
-        self, leg: _Leg, states: WireTensor, position: int, row_order: tuple[int, ...] | None
-    ) -> tuple[int, ...] | None:
-        """Bring the tape to what the hop is about to be given; return the row order that the node has to follow."""
-        is_first = leg.step_number != self._num_steps
-        if is_first:
-            leg.step_number = self._num_steps
-            if row_order is not None:
-                leg.tape.reorder(row_order)
-        leg.tape.write(position, states)
-        return row_order if is_first else None
-
-    async def _step_leg(
-        self, leg: _Leg, states: WireTensor, position: int, order: tuple[int, ...] | None
-    ) -> tuple[WireTensor, HopTiming]:
-        if leg.failure is not None:
-            raise leg.failure.with_traceback(None)
-        is_last = leg is self._legs[-1]
-        started_s = time.perf_counter()
-        reply = await leg.stream.step(states, position, order)
-        timing = HopTiming(leg.stream.hop, time.perf_counter() - started_s, reply.queue_s, reply.compute_s)
-        if is_last:  # of the others' outputs the next node sees it
-            check_finite(from_wire(reply.hidden_states))
-        return reply.hidden_states, timing
 
     def _lost_leg(self, error: SwarmError, index: int, states: Sequence[WireTensor], has_reordered: bool) -> int:
         """Return the index of the leg that is to be replaced. Raises `error` if that would not help."""
@@ -238,7 +200,7 @@ class SwarmSession:
             self._lose(leg, error)
         if not leg.tape.is_whole:
             raise error
-        logger.info("looking for other nodes for %s: %s", leg.stream.hop.span, error)
+        logger.info("looking for other nodes for %s: %s", leg.hop.span, error)
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + self._config.max_wait_s
         while True:
@@ -261,17 +223,17 @@ class SwarmSession:
         self._legs[index : index + 1] = found
         self._prompt = PromptPages(self._tapes, ())  # the hashes were those of other hops
         self._end(leg.stream)
-        route = " → ".join(f"{short_peer(new.stream.hop.peer_id)}[{new.stream.hop.span}]" for new in found)
-        logger.info("recovered %d tokens of %s at %s", position, leg.stream.hop.span, route)
+        route = " → ".join(f"{short_peer(new.hop.peer_id)}[{new.hop.span}]" for new in found)
+        logger.info("recovered %d tokens of %s at %s", position, leg.hop.span, route)
 
-    async def _other_legs(self, leg: _Leg, position: int) -> list[_Leg]:
+    async def _other_legs(self, leg: Leg, position: int) -> list[Leg]:
         """Return legs for the blocks of `leg` at other nodes, at `position`; the first has its tape."""
         needed = max(position, leg.tape.length)
         reserved = tokens_to_reserve(needed, self._config.reserve_tokens, self._max_length)
         records = [r for r in await self._records() if self._may_serve(r, leg)]
-        hops = self._route(records, reserved, leg.stream.hop.span)
+        hops = self._route(records, reserved, leg.hop.span)
         streams, _ = await self._open_streams(hops, reserved)
-        legs = [_Leg(stream, Tape(self._tapes), self._num_steps) for stream in streams]
+        legs = [Leg(stream, Tape(self._tapes), self._num_steps) for stream in streams]
         try:
             await self._play(leg.tape, legs, position)
         except BaseException:
@@ -283,7 +245,7 @@ class SwarmSession:
         legs[0].tape = leg.tape
         return legs
 
-    async def _play(self, tape: Tape, legs: Sequence[_Leg], position: int) -> None:
+    async def _play(self, tape: Tape, legs: Sequence[Leg], position: int) -> None:
         """Bring new legs to `position`. Raises SwarmError; the node at fault is avoided then."""
         width = max(1, self._config.step_tokens // self._batch_size)
         for start, states in tape.chunks(position, width):
@@ -295,24 +257,24 @@ class SwarmSession:
                     check_finite(from_wire(states))
                 except SwarmError as error:
                     if _is_nodes_fault(error):
-                        self._blame(leg.stream.hop.peer_id)
+                        self._blame(leg.hop.peer_id)
                     raise
 
-    def _lose(self, leg: _Leg, error: SwarmError) -> None:
+    def _lose(self, leg: Leg, error: SwarmError) -> None:
         """The node of `leg` has failed; what it held is given up."""
         if leg.failure is None:
             leg.failure = error
             if not has_forgotten(error):
-                self._blame(leg.stream.hop.peer_id)
+                self._blame(leg.hop.peer_id)
 
     def _blame(self, peer_id: PeerId) -> None:
         self._failed_s[peer_id] = self._transport.now_s()
         self._watcher.avoid(peer_id)
 
-    def _may_serve(self, record: NodeRecord, leg: _Leg) -> bool:
+    def _may_serve(self, record: NodeRecord, leg: Leg) -> bool:
         """Whether a node may take over from `leg`: not its own node while it only refuses, and none that is dead."""
         peer_id = PeerId(record.peer_id)
-        if leg.failure is None and peer_id == leg.stream.hop.peer_id:
+        if leg.failure is None and peer_id == leg.hop.peer_id:
             return False
         return record.published_s > self._failed_s.get(peer_id, float("-inf"))
 

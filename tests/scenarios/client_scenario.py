@@ -111,20 +111,20 @@ class Scene:
         """End a node as SIGKILL would."""
         self.network.kill(self.nodes[index].transport.peer_id)
 
-    def another_session(self, config: ClientConfig = CONFIG) -> SwarmSession:
+    def another_session(self, config: ClientConfig = CONFIG, max_length: int = 20) -> SwarmSession:
         watcher = SwarmWatcher(self.client, KEY.name, KEY.num_blocks, config.avoid_s)
-        return SwarmSession(self.client, watcher, config, KEY, 1, 20, PREFIX_KEY, TapeBudget(1 << 20))
+        return SwarmSession(self.client, watcher, config, KEY, 1, max_length, PREFIX_KEY, TapeBudget(1 << 20))
 
 
 @asynccontextmanager
-async def scene(*spans: Span, config: ClientConfig = CONFIG) -> AsyncIterator[Scene]:
+async def scene(*spans: Span, config: ClientConfig = CONFIG, max_length: int = 20) -> AsyncIterator[Scene]:
     network = MemoryNetwork()
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as group:
         nodes = [await start_node(network, span, stop, group) for span in spans]
         client = network.transport()
         made = Scene(network, client, None, nodes, group, stop)  # type: ignore[arg-type]
-        made.session = made.another_session(config)
+        made.session = made.another_session(config, max_length)
         yield made
         await made.session.close()
         stop.set()

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from swarm_client.inference_session import _open_together
 from swarm_client.routing.watcher import LOOKUP_S, SwarmWatcher
+from swarm_client.row_groups import open_together
 from swarm_client.swarm_session import SwarmSession
 from swarm_client.tape import TapeBudget
 from swarm_protocol.errors import (
@@ -137,7 +137,7 @@ async def test_rows_that_cannot_be_opened_close_those_that_are_opened_later() ->
         watcher = SwarmWatcher(s.client, KEY.name, KEY.num_blocks, 1.0)
         too_long = SwarmSession(s.client, watcher, CONFIG, KEY, 1, 10_000, PREFIX_KEY, TapeBudget(1 << 20))
         with pytest.raises(CacheFullError):
-            await _open_together([s.session, too_long], [1, 500], None)
+            await open_together([s.session, too_long], [1, 500], None)
         await asyncio.sleep(1)
         assert [len(served.node.sessions) for served in s.nodes] == [0, 0]
 
