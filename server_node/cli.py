@@ -194,6 +194,7 @@ def _node_config(arguments: argparse.Namespace) -> NodeConfig:
         compute=ComputeChoice(
             device=arguments.device,
             dtype=arguments.dtype,
+            quantization=arguments.quantization,
             threads=arguments.threads,
             cache_tokens=arguments.cache_tokens,
             prefix_tokens=arguments.prefix_tokens,
@@ -232,6 +233,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="auto, the default, is float32 on a CPU and the checkpoint's own elsewhere",
+    )  # fmt: skip
+    run.add_argument(
+        "--quantization", default="none", choices=("none", "int8", "nf4"),
+        help="hold the large weights in 8 or 4 bits; on a CPU nf4 is 4-bit integers in groups of 32; default: none",
     )  # fmt: skip
     run.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; 1 where nodes share a machine")
     run.add_argument(

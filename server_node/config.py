@@ -25,16 +25,19 @@ class ModelChoice:
 class ComputeChoice:
     """What the blocks run on.
 
-    `dtype` "auto" is float32 on a CPU, where it is exact and as fast as it gets for a batch, and the checkpoint's own
-    elsewhere. `threads` None leaves torch's choice, one per core; several nodes on one machine should have one each,
-    since their threads take the cores from each other (40 to 60 % of throughput). `cache_tokens` is the KV cache in
-    tokens per block over the whole span; None takes half of the memory that is free once the weights are loaded: the
-    rest is for activations and for whatever else runs on a volunteer's machine. `prefix_tokens` are kept besides, of
-    prompts that sessions may share; None is an eighth of the cache; 0 keeps none.
+    `dtype` "auto" is float32 on a CPU, where it is exact and as fast as it gets for a batch, bfloat16 there with
+    quantized weights, whose products are fast in it, and the checkpoint's own elsewhere. `quantization` is "none",
+    "int8" or "nf4"; a CPU's "nf4" is 4-bit integers in groups of 32. `threads` None leaves torch's choice, one per
+    core; several nodes on one machine should have one each, since their threads take the cores from each other (40 to
+    60 % of throughput). `cache_tokens` is the KV cache in tokens per block over the whole span; None takes half of the
+    memory that is free once the weights are loaded: the rest is for activations and for whatever else runs on a
+    volunteer's machine. `prefix_tokens` are kept besides, of prompts that sessions may share; None is an eighth of the
+    cache; 0 keeps none.
     """
 
     device: str = "cpu"
     dtype: str = "auto"
+    quantization: str = "none"
     threads: int | None = None
     cache_tokens: int | None = None
     prefix_tokens: int | None = None

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from server_node.admission import Admission, ServedSpan
 from server_node.announcer import Announcer
-from server_node.compute.worker import ComputeWorker, LoadedSpan, OpenedModel
+from server_node.compute.opened_model import OpenedModel
+from server_node.compute.worker import ComputeWorker, LoadedSpan
 from server_node.config import ModelChoice, NodeConfig, NodeLimits
 from server_node.handlers import NodeHandlers
 from server_node.placement import choose_span, num_blocks_that_fit
@@ -76,6 +77,7 @@ async def run_node(
             cache_dir=choice.cache_dir,
             device=compute.device,
             dtype=compute.dtype,
+            quantization=compute.quantization,
         )
         num_blocks = num_blocks_to_hold(choice, model)
         async with joined(config.network, open_network) as (transport, identity):
@@ -208,11 +210,13 @@ def num_blocks_to_hold(choice: ModelChoice, model: OpenedModel) -> int:
     if choice.num_blocks is not None and choice.num_blocks > in_all:
         raise ConfigError(f"{name} has {in_all} blocks, not {choice.num_blocks}")
     asked = choice.num_blocks if choice.blocks is None else len(choice.blocks)
-    wanted = num_blocks_that_fit(model.free_bytes, model.block_bytes, in_all) if asked is None else asked
-    if not wanted or wanted * model.block_bytes > model.free_bytes:
+    # Less than nothing may be left once a block is loaded.
+    free_bytes = max(0, model.free_bytes - model.loading_bytes)
+    wanted = num_blocks_that_fit(free_bytes, model.block_bytes, in_all) if asked is None else asked
+    if not wanted or wanted * model.block_bytes > free_bytes:
         raise ConfigError(
             f"{max(1, wanted)} blocks of {name} take {_gb(max(1, wanted) * model.block_bytes)} in "
-            f"{dtype_name(model.dtype)}, but {_gb(model.free_bytes)} are free: serve fewer, or choose a smaller dtype"
+            f"{_held_as(model)}, but {_gb(free_bytes)} are free: serve fewer, or choose a smaller dtype"
         )
     return wanted
 
@@ -284,11 +288,16 @@ def _record(transport: Transport, model: OpenedModel, span: Span, name: str) -> 
         versions=PROTOCOL_VERSIONS,
         software=f"umbel {_version()}",
         dtype=dtype,
-        numerics=f"{model.checkpoint.revision}/{dtype}/{model.device_type}",
+        numerics=f"{model.checkpoint.revision}/{dtype}/{model.kernels}",
         free_tokens=0,
         max_tokens=0,
         name=name,
     )
+
+
+def _held_as(model: OpenedModel) -> str:
+    dtype = dtype_name(model.dtype)
+    return dtype if model.scheme is None else f"{model.scheme.label} and {dtype}"
 
 
 def _version() -> str:

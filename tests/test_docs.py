@@ -47,7 +47,7 @@ FLAG_SAMPLES = {
     "--dtype": "bfloat16", "--threads": "2", "--cache-tokens": "5", "--initial-peers": "/ip4/1.2.3.4", "--host": "::",
     "--port": "99", "--announce": "/ip4/1.2.3.4", "--identity": "key",
     "--prefix-tokens": "0",
-    "--peer-cache-share": "0.5",
+    "--peer-cache-share": "0.5", "--quantization": "int8",
 }  # fmt: skip
 
 

@@ -8,6 +8,8 @@ import torch
 from server_node.compute.block_runner import BlockRunner
 from server_node.compute.device import free_memory_bytes
 from server_node.compute.packed_linears import pack_linears, packed_bytes
+from server_node.compute.quantization import Quantizer
+from server_node.compute.quantized_weights import Scheme
 from swarm_protocol.model.checkpoint import Checkpoint, Progress
 from swarm_protocol.model.few_rows import speed_up
 from swarm_protocol.model.parts import load_span
@@ -26,14 +28,19 @@ def load_blocks(
     dtype: torch.dtype | None = None,
     device: torch.device,
     progress: Progress | None = None,
+    scheme: Scheme | None = None,
 ) -> BlockRunner:
     """Return a runner of `span` on `device`; `dtype` None is the checkpoint's own.
 
-    Linear layers are measured and made fast for decode steps. Blocks for as long as that and reading take; only the
-    compute thread may call it. Raises as `load_span` does.
+    With a `scheme` the large linear layers are quantized, each block before the next one is read. Others are measured
+    and made fast for decode steps. Blocks for as long as that and reading take; only the compute thread may call it.
+    Raises as `load_span` does.
     """
     started_s = time.monotonic()
-    module = load_span(checkpoint, span, dtype=dtype or checkpoint.dtype, device=device, progress=progress)
+    quantizer = Quantizer(scheme) if scheme is not None else None
+    module = load_span(
+        checkpoint, span, dtype=dtype or checkpoint.dtype, device=device, progress=progress, on_block=quantizer
+    )
     size_bytes = module_bytes(module)
     # A CPU's memory is rarely what is short where a small span was asked for.
     keeps_plain = device.type == "cpu" and size_bytes <= PLENTIFUL_SHARE * free_memory_bytes(device)
@@ -41,6 +48,8 @@ def load_blocks(
     num_faster = speed_up(module)
     taken_s = time.monotonic() - started_s
     _log.info("loaded %s, %.1f MB in %.1f s blocks=%s", checkpoint.name, module_bytes(module) / 1e6, taken_s, span)
+    if quantizer is not None:
+        _log.info("linear layers: %d quantized as %s blocks=%s", quantizer.num_layers, quantizer.scheme.label, span)
     _log.info("linear layers: %d packed, %d more with ways of their own blocks=%s", num_packed, num_faster, span)
     return BlockRunner(module)
 

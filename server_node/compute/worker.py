@@ -20,17 +20,17 @@ from typing import TypeVar, overload
 
 import torch
 
-from server_node.compute.block_loader import load_blocks, module_bytes
+from server_node.compute.block_loader import load_blocks
 from server_node.compute.block_runner import BlockRunner
-from server_node.compute.device import free_memory_bytes, usable_device
+from server_node.compute.device import free_memory_bytes
 from server_node.compute.gathering import Gathering
 from server_node.compute.kv_cache import KVCache, kv_bytes_per_token
+from server_node.compute.opened_model import OpenedModel, open_model
 from server_node.compute.scheduler import Batch, BatchLimits, Kind
 from server_node.compute.work import AllocateWork, Computed, ForwardWork, StepWork, Work
 from server_node.compute.work_runner import Job, WorkRunner, is_decode
 from swarm_protocol.errors import ConfigError, LimitExceededError
-from swarm_protocol.model.anatomy import build_empty, find_anatomy
-from swarm_protocol.model.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarm_protocol.model.checkpoint import Progress
 from swarm_protocol.spans import Span
 from swarm_protocol.tensors import dtype_name
 
@@ -43,17 +43,6 @@ DEVICE_THREAD = "device"
 
 _SWITCH_S = 0.0005
 """For the event loop to leave the interpreter to the device thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedModel:
-    """A checkpoint, and what one of its blocks takes on the device in the dtype that was chosen for it."""
-
-    checkpoint: Checkpoint
-    dtype: torch.dtype
-    device_type: str
-    block_bytes: int
-    free_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +101,20 @@ class ComputeWorker:
         self._next_look: asyncio.TimerHandle | None = None
 
     async def open_model(
-        self, source: str, *, revision: str | None, cache_dir: str | None, device: str, dtype: str
+        self,
+        source: str,
+        *,
+        revision: str | None,
+        cache_dir: str | None,
+        device: str,
+        dtype: str,
+        quantization: str = "none",
     ) -> OpenedModel:
-        """Open a checkpoint and measure a block. Raises ModelError; ConfigError for an unusable device or dtype."""
-        return await self._submit(_open_model, source, revision, cache_dir, device, dtype)
+        """Open a checkpoint and measure a block.
+
+        Raises ModelError; ConfigError for an unusable device or dtype, and for a quantization that it cannot do.
+        """
+        return await self._submit(open_model, source, revision, cache_dir, device, dtype, quantization)
 
     async def load(self, model: OpenedModel, span: Span, device: str, progress: Progress | None) -> LoadedSpan:
         """Load the blocks that are to be served. `progress` is called on the device thread. Raises ModelError."""
@@ -307,7 +306,12 @@ class ComputeWorker:
     def _load(self, model: OpenedModel, span: Span, device: str, progress: Progress | None) -> LoadedSpan:
         try:
             runner = load_blocks(
-                model.checkpoint, span, dtype=model.dtype, device=torch.device(device), progress=progress
+                model.checkpoint,
+                span,
+                dtype=model.dtype,
+                device=torch.device(device),
+                progress=progress,
+                scheme=model.scheme,
             )
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ConfigError(f"the blocks {span} do not fit into the memory of {device}: serve fewer") from error
@@ -341,27 +345,9 @@ def _deliver(finished: list[_Ticket]) -> None:
             waiter.set_result(job.result)
 
 
-def _open_model(source: str, revision: str | None, cache_dir: str | None, device: str, dtype: str) -> OpenedModel:
-    target = usable_device(device)
-    checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
-    chosen = _chosen_dtype(dtype, checkpoint, target)
-    empty = build_empty(checkpoint.config, chosen)
-    anatomy = find_anatomy(empty)
-    # Families with layers of several kinds differ by block: the largest one stands for all.
-    block_bytes = max(module_bytes(block) for block in getattr(empty.get_submodule(anatomy.decoder), anatomy.blocks))
-    return OpenedModel(checkpoint, chosen, target.type, block_bytes, free_memory_bytes(target))
-
-
 def _begin_device_thread(num_threads: int | None) -> None:
     # A forward asks for the interpreter at each of its thousand operations, which a busy event loop gives up only so
     # often: with Python's own 5 ms a flood of new streams made a step of 55 ms take 1 to 2 s.
     sys.setswitchinterval(_SWITCH_S)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-
-
-def _chosen_dtype(dtype: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    if dtype != "auto":
-        chosen: torch.dtype = getattr(torch, dtype)
-        return chosen
-    return torch.float32 if device.type == "cpu" else checkpoint.dtype

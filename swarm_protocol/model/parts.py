@@ -5,7 +5,7 @@ is the same model with one module in the place of its blocks. The whole model on
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -43,11 +43,16 @@ def load_span(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    on_block: Callable[[nn.Module], None] | None = None,
 ) -> "SpanModule":
     """Return the blocks of `span` on `device`; no other tensor is read. `progress` counts blocks.
 
-    Raises UnsupportedFamilyError if the family cannot be cut, CheckpointError if tensors are missing or do not fit,
-    and BlocksNotServedError if the model has no such blocks.
+    `on_block` is called with each block as soon as its weights are there, and may replace modules inside of it, so that
+    only one block is in memory as it was. What it puts there has neither weights on the meta device nor buffers that
+    are not persistent: those are made anew at the end.
+
+    Raises UnsupportedFamilyError if the family cannot be cut, CheckpointError if tensors are missing or do not fit, and
+    BlocksNotServedError if the model has no such blocks.
     """
     if span.end > checkpoint.num_blocks:
         raise BlocksNotServedError(span, Span(0, checkpoint.num_blocks))
@@ -57,6 +62,8 @@ def load_span(
     keep_blocks_only(model, anatomy, span)
     for done, block in enumerate(range(span.start, span.end)):
         weights.load(model, device, block)
+        if on_block:
+            on_block(getattr(model.get_submodule(anatomy.decoder), anatomy.blocks)[block])
         if progress:
             progress(done + 1, len(span))
     weights.finish(model, device)

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from server_node import cli
 from swarm_protocol.transport.memory_net import MemoryNetwork
@@ -73,6 +74,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
         (("run", "m", "--threads", "many"), "a whole number above 0"),
         (("run", "m", "--cache-tokens", "-1"), "a whole number above 0"),
         (("run", "m", "--dtype", "int3"), "invalid choice"),
+        (("run", "m", "--quantization", "int3"), "invalid choice"),
         (("run", "m", "--port", "65536"), "a port is 0 to 65535, not '65536'"),
         (("run", "m", "--name", "n" * 41), "at most 40 printable characters"),
         (("bootstrap", "--port", "x"), "a port is 0 to 65535"),
@@ -92,6 +94,14 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, refusal: Refusal)
 
 def test_a_device_that_is_not_there_is_one_line(model: str, refusal: Refusal):
     assert "device 'abacus' cannot be used here" in refusal("run", model, "--device", "abacus", *LOCAL)
+
+
+def test_quantization_on_a_device_that_cannot_is_one_line(
+    model: str, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("server_node.compute.opened_model.usable_device", torch.device)
+    says = "--quantization nf4 is for CPUs only, not for cuda: leave it out"
+    assert says in refusal("run", model, "--device", "cuda", "--quantization", "nf4", *LOCAL)
 
 
 def test_blocks_outside_of_the_model_are_one_line(model: str, refusal: Refusal):

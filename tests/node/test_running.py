@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from server_node.compute.worker import LoadedSpan, OpenedModel
+from server_node.compute.opened_model import OpenedModel
+from server_node.compute.quantized_weights import Int8Rows
+from server_node.compute.worker import LoadedSpan
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig
 from server_node.node import (
     Observer,
@@ -219,6 +221,28 @@ def test_blocks_that_do_not_fit_into_memory_are_refused(folder: str):
             num_blocks_to_hold(choice, opened(folder, 3 * 10**8))
     with pytest.raises(ConfigError, match="1 blocks"):
         num_blocks_to_hold(ModelChoice(folder), opened(folder, 10**6))
+
+
+def test_quantized_blocks_need_room_for_one_that_is_not(folder: str):
+    model = replace(opened(folder, 3 * 10**8), loading_bytes=150_000_000, scheme=Int8Rows())
+    assert num_blocks_to_hold(ModelChoice(folder), model) == 1
+    with pytest.raises(ConfigError, match=r"2 blocks .* 0\.2 GB in int8-row and bfloat16, but 0\.1 GB are free"):
+        num_blocks_to_hold(ModelChoice(folder, num_blocks=2), model)
+    with pytest.raises(ConfigError, match=r"1 blocks .* but 0\.0 MB are free"):
+        num_blocks_to_hold(ModelChoice(folder), replace(model, free_bytes=10**8))
+
+
+@pytest.mark.parametrize(("quantization", "ending"), [("none", "float32/cpu"), ("int8", "bfloat16/int8-row/cpu")])
+def test_the_record_says_how_weights_are_held(folder: str, quantization: str, ending: str):
+    @virtual
+    async def scenario() -> None:
+        runner = Runner()
+        node = await runner.start(replace(config(folder), compute=ComputeChoice(quantization=quantization, threads=1)))
+        (record,) = runner.records()
+        assert record.numerics == f"{record.revision}/{ending}"
+        await node.leave()
+
+    scenario()
 
 
 def test_the_cache_takes_half_of_what_is_free_unless_told():

@@ -1,0 +1,62 @@
+"""A checkpoint that is about to be served: what its blocks will take on the device, before any weight is read."""
+
+from dataclasses import dataclass
+
+import torch
+
+from server_node.compute.block_loader import module_bytes
+from server_node.compute.device import free_memory_bytes, usable_device
+from server_node.compute.quantization import quantized_bytes, scheme_of
+from server_node.compute.quantized_weights import Scheme
+from swarm_protocol.model.anatomy import build_empty, find_anatomy
+from swarm_protocol.model.checkpoint import Checkpoint, open_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A checkpoint, and what one of its blocks takes on the device in the dtype and the scheme chosen for it.
+
+    `loading_bytes` is needed besides while blocks are loaded.
+    """
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device_type: str
+    block_bytes: int
+    free_bytes: int
+    scheme: Scheme | None = None
+    loading_bytes: int = 0
+
+    @property
+    def kernels(self) -> str:
+        """What computes, as far as results depend on it: the end of a record's numerics."""
+        return self.device_type if self.scheme is None else f"{self.scheme.label}/{self.device_type}"
+
+
+def open_model(
+    source: str, revision: str | None, cache_dir: str | None, device: str, dtype: str, quantization: str
+) -> OpenedModel:
+    """Open a checkpoint and measure a block, as `ComputeWorker.open_model` says."""
+    target = usable_device(device)
+    scheme = scheme_of(quantization, target)
+    checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    chosen = _chosen_dtype(dtype, checkpoint, target, scheme)
+    empty = build_empty(checkpoint.config, chosen)
+    anatomy = find_anatomy(empty)
+    blocks = getattr(empty.get_submodule(anatomy.decoder), anatomy.blocks)
+    # Families with layers of several kinds differ by block: the largest one stands for all.
+    plain_bytes = max(module_bytes(block) for block in blocks)
+    if scheme is None:
+        return OpenedModel(checkpoint, chosen, target.type, plain_bytes, free_memory_bytes(target))
+    block_bytes = max(quantized_bytes(block, scheme) for block in blocks)
+    # One block at a time is there as it is in the file.
+    return OpenedModel(checkpoint, chosen, target.type, block_bytes, free_memory_bytes(target), scheme, plain_bytes)
+
+
+def _chosen_dtype(dtype: str, checkpoint: Checkpoint, device: torch.device, scheme: Scheme | None) -> torch.dtype:
+    if dtype != "auto":
+        chosen: torch.dtype = getattr(torch, dtype)
+        return chosen
+    if scheme is not None:
+        return torch.bfloat16  # what packed products are fast in
+    return torch.float32 if device.type == "cpu" else checkpoint.dtype
