@@ -1,11 +1,15 @@
 """Tokens/s of one session through 1, 2 and 3 nodes on this machine, against transformers in one process.
 
-    python -m bench.decode [--rounds 7] [--tokens 32] [--threads 1] [--dtype float32]
+    python -m bench.decode [--rounds 7] [--tokens 32] [--threads 1] [--ways float32:2 int8:2 …] [--llama-cpp PYTHON]
 
 Every way runs in turn, round by round, so that a noisy machine disturbs all of them alike; the table gives medians,
-the spread (smallest and largest round) and the ratio to transformers of the same round. All processes have `--threads`
-threads each. A second table says where a token's time goes; a third, what a hop costs at hidden 4096 when its block
-computes next to nothing.
+the spread (smallest and largest round) and the ratio to transformers in float32 of the same round. All processes have
+`--threads` threads each. A second table says where a token's time goes; a third, what a hop costs at hidden 4096 when
+its block computes next to nothing.
+
+A way of Umbel is what its nodes hold and how many there are: `float32:3`, `bfloat16:2`, `int8:1`, `nf4:2`. Nodes with
+quantized blocks run in bfloat16, the client's head in float32. `--llama-cpp` names a Python interpreter with the
+package llama-cpp-python, which is measured on the same file.
 """
 
 import argparse
@@ -22,6 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from app.demo import find_model
+from bench.llama_cpp_process import LlamaCppProcess
 from bench.machine import describe_machine
 from bench.node_processes import NodeProcess
 from swarm_client import AutoDistributedModelForCausalLM, ClientConfig, DistributedCausalLM
@@ -30,6 +35,13 @@ from swarm_client.leg import HopTiming
 PROMPT_TOKENS = 16
 CLIENT = ClientConfig(host="127.0.0.1", relay=False)
 CUTS = {1: ["0:30"], 2: ["0:15", "15:30"], 3: ["0:10", "10:20", "20:30"]}
+HELD = {
+    "float32": ("--dtype", "float32"),
+    "bfloat16": ("--dtype", "bfloat16"),
+    "int8": ("--quantization", "int8"),
+    "nf4": ("--quantization", "nf4"),
+}
+WAYS = ("float32:1", "float32:2", "float32:3", "bfloat16:2", "int8:1", "int8:2", "nf4:1", "nf4:2")
 
 
 @dataclass(slots=True)
@@ -48,12 +60,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--ways", nargs="*", default=WAYS, choices=[f"{held}:{n}" for held in HELD for n in CUTS])
+    parser.add_argument("--llama-cpp", metavar="PYTHON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{describe_machine()}; {options.threads} thread(s) per process, {options.dtype}\n", flush=True)
+    print(f"{describe_machine()}; {options.threads} thread(s) per process\n", flush=True)
     with contextlib.ExitStack() as stack:
-        ways = _ways(stack, options.threads, options.dtype)
+        ways = [_transformers("float32"), _transformers("bfloat16")]
+        ways += [_umbel(stack, *name.split(":"), options.threads) for name in options.ways]
+        if options.llama_cpp:
+            ways.append(_llama_cpp(stack, options.llama_cpp, options.threads))
         prompt = torch.arange(100, 100 + PROMPT_TOKENS)[None]
         for way in ways:
             way.run(prompt, 4)
@@ -63,29 +79,40 @@ def main() -> None:
                 way.token_s.append(way.run(prompt, options.tokens))
             print(f"round {number + 1} of {options.rounds}", flush=True)
         _print_speeds(ways)
-        _print_shares(ways[1:])
+        _print_shares([way for way in ways if way.hops])
     _print_hop(options.threads)
 
 
-def _ways(stack: contextlib.ExitStack, threads: int, dtype: str) -> list[Way]:
+def _transformers(dtype: str) -> Way:
     model = find_model()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         local = AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=getattr(torch, dtype))
-    ways = [Way("transformers, one process", lambda prompt, n: _time_local(local, prompt, n))]
-    options = ("--threads", str(threads), "--dtype", dtype, "--cache-tokens", "4096")
-    for num_nodes, blocks in CUTS.items():
-        first = stack.enter_context(NodeProcess(str(model), blocks[0], (), *options)).wait_until_online()
-        for span in blocks[1:]:
-            stack.enter_context(NodeProcess(str(model), span, [first.address], *options)).wait_until_online()
-        remote = AutoDistributedModelForCausalLM.from_pretrained(
-            str(model), initial_peers=[first.address], config=CLIENT, dtype=dtype
-        )
-        stack.callback(remote.close)
-        way = Way(f"Umbel, {num_nodes} node{'s' * (num_nodes > 1)}", lambda prompt, n: 0.0)
-        way.run = _remote_timer(remote, way)
-        ways.append(way)
-    return ways
+    return Way(f"transformers, one process, {dtype}", lambda prompt, n: _time_local(local, prompt, n))
+
+
+def _umbel(stack: contextlib.ExitStack, held: str, num_nodes: str, threads: int) -> Way:
+    model, blocks = str(find_model()), CUTS[int(num_nodes)]
+    options = ("--threads", str(threads), "--cache-tokens", "4096", *HELD[held])
+    first = stack.enter_context(NodeProcess(model, blocks[0], (), *options)).wait_until_online()
+    for span in blocks[1:]:
+        stack.enter_context(NodeProcess(model, span, [first.address], *options)).wait_until_online()
+    # The head is faster in float32 than in bfloat16 (6.4 and 8.0 ms), whatever the nodes run in.
+    remote = AutoDistributedModelForCausalLM.from_pretrained(
+        model, initial_peers=[first.address], config=CLIENT, dtype="float32"
+    )
+    stack.callback(remote.close)
+    way = Way(f"Umbel, {num_nodes} node{'s' * (num_nodes != '1')}, {held}", lambda prompt, n: 0.0)
+    way.run = _remote_timer(remote, way)
+    return way
+
+
+def _llama_cpp(stack: contextlib.ExitStack, python: str, threads: int) -> Way:
+    model = find_model()
+    process = stack.enter_context(LlamaCppProcess(python, str(model), threads))
+    encoding = model.stem.rpartition(".")[2]
+    name = f"llama.cpp, one process, {encoding} (llama-cpp-python {process.version})"
+    return Way(name, lambda prompt, n: process.token_s(prompt[0].tolist(), n))
 
 
 def _time_local(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> float:
