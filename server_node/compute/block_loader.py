@@ -7,6 +7,7 @@ import torch
 
 from server_node.compute.block_runner import BlockRunner
 from server_node.compute.device import free_memory_bytes
+from server_node.compute.grouped_queries import group_queries
 from server_node.compute.packed_linears import pack_linears, packed_bytes
 from server_node.compute.quantization import Quantizer
 from server_node.compute.quantized_weights import Scheme
@@ -46,6 +47,8 @@ def load_blocks(
     keeps_plain = device.type == "cpu" and size_bytes <= PLENTIFUL_SHARE * free_memory_bytes(device)
     num_packed = pack_linears(module, keeps_plain=keeps_plain)
     num_faster = speed_up(module)
+    if device.type == "cpu" and module.dtype.itemsize == 2:
+        group_queries(module.blocks, module.config)
     taken_s = time.monotonic() - started_s
     _log.info("loaded %s, %.1f MB in %.1f s blocks=%s", checkpoint.name, module_bytes(module) / 1e6, taken_s, span)
     if quantizer is not None:
