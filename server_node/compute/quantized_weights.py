@@ -5,6 +5,7 @@ what many rows, float32 and gradients are multiplied with. Each row of a product
 depend on the others.
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -89,7 +90,8 @@ class Int8Rows:
     def plain_product(self, rows: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         if scales.dtype == torch.float16:
             return functional.linear(rows, self.plain(packed, scales))  # without scales the sums are out of range
-        return functional.linear(rows, packed.to(scales.dtype)).mul_(scales)
+        numbers = _buffer(packed.numel(), scales.dtype).view(packed.shape).copy_(packed)
+        return functional.linear(rows, numbers).mul_(scales)
 
     def size_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         return out_features * (_filled(in_features, self.in_multiple) + dtype.itemsize)
@@ -116,19 +118,24 @@ class Int4Groups:
         return product
 
     def plain(self, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        layout, (num_groups, out_features, _) = _int4_layout(), scales.shape
-        numbers = torch.empty(num_groups * GROUP, out_features, dtype=scales.dtype)
-        layout.unpack_into(numbers, packed)
-        scale, zero = scales[..., 0].contiguous(), scales[..., 1].contiguous()
-        groups = numbers.view(num_groups, GROUP, out_features)
-        return torch.addcmul(zero[:, None], groups, scale[:, None]).view_as(numbers).t()
+        return _int4_plain(packed, scales, torch.empty(2 * packed.numel(), dtype=scales.dtype))
 
     def plain_product(self, rows: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return functional.linear(rows, self.plain(packed, scales))
+        return functional.linear(rows, _int4_plain(packed, scales, _buffer(2 * packed.numel(), scales.dtype)))
 
     def size_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         num_weights = _filled(out_features, _ROWS) * _filled(in_features, GROUP)
         return num_weights // 2 + num_weights // GROUP * 2 * dtype.itemsize
+
+
+def _int4_plain(packed: torch.Tensor, scales: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Return the weight (out, in), which takes the place of `numbers`."""
+    num_groups, out_features, _ = scales.shape
+    _int4_layout().unpack_into(numbers.view(-1, out_features), packed)
+    groups = numbers.view(num_groups, GROUP, out_features)
+    scale, zero = scales[..., 0].contiguous(), scales[..., 1].contiguous()
+    torch.addcmul(zero[:, None], groups, scale[:, None], out=groups)
+    return groups.view(-1, out_features).t()
 
 
 def _fitted(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,6 +233,25 @@ def pieces(out_features: int, in_features: int, dtype: torch.dtype) -> Iterator[
     step = max(_MIN_PIECE_ROWS, _PIECE_BYTES // dtype.itemsize // in_features // _ROWS * _ROWS)
     for first in range(0, out_features, step):
         yield slice(first, min(first + step, out_features))
+
+
+_buffers = threading.local()
+"""For each thread, what plain numbers of a piece are written to, by dtype."""
+
+
+def _buffer(num_weights: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return numbers to write to, which are good until this thread's next call.
+
+    Memory of this size that is taken and given back comes from the system page by page each time, which takes up to ten
+    times as long as to fill it.
+    """
+    name = str(dtype)
+    numbers: torch.Tensor | None = getattr(_buffers, name, None)
+    if numbers is None or numbers.numel() < num_weights:
+        with torch.inference_mode(mode=False):
+            numbers = torch.empty(num_weights, dtype=dtype)
+        setattr(_buffers, name, numbers)
+    return numbers[:num_weights]
 
 
 def _aten() -> Any:
