@@ -120,6 +120,7 @@ class SpanModule(nn.Module):
         self.span = span
         self.config: PreTrainedConfig = decoder.config
         self._blocks_name = blocks_name
+        self._loaded_on = next(self.parameters()).device
         # A dict hides the views from nn.Module: they share the decoder's modules and own none.
         self._views: dict[Span, nn.Module] = {}
         self.eval()
@@ -140,7 +141,9 @@ class SpanModule(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        # Norms may have no weights, and packed linear layers no parameters.
+        parameter = next(self.parameters(), None)
+        return self._loaded_on if parameter is None else parameter.device
 
     def forward(
         self,

@@ -1,12 +1,19 @@
 """Packed layers compute what torch's own do, hold their weights once, and are only there where they gain."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
+from transformers import OlmoConfig, OlmoForCausalLM
 
 from server_node.compute import packed_linears
+from server_node.compute.block_runner import BlockRunner
 from server_node.compute.packed_linears import PackedLinear, Packing, pack_linears
+from swarm_protocol.model.checkpoint import open_checkpoint
 from swarm_protocol.model.few_rows import Way
+from swarm_protocol.model.parts import load_span
+from swarm_protocol.spans import Span
 
 
 def layer(bias: bool = True, shape: tuple[int, int] = (320, 256)) -> nn.Linear:
@@ -85,3 +92,16 @@ def test_nothing_is_packed_where_the_numbers_differ(always: None, monkeypatch: p
 def test_nothing_is_packed_by_a_torch_without_the_operators(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_linears, "_mkldnn", lambda: object())
     assert pack_linears(nn.Sequential(layer()), keeps_plain=False) == 0
+
+
+def test_a_span_of_which_every_weight_is_packed_still_runs(tmp_path: Path, always: None) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    OlmoForCausalLM(OlmoConfig(vocab_size=64, num_key_value_heads=4, **sizes)).save_pretrained(tmp_path)
+    span = Span(0, 2)
+    module = load_span(open_checkpoint(str(tmp_path)), span, dtype=torch.float32, device=torch.device("cpu"))
+    runner, states = BlockRunner(module), torch.randn(1, 3, 256)
+    with torch.inference_mode():
+        before = runner.forward(states, span)
+        assert pack_linears(module, keeps_plain=False) == 14
+        assert not list(module.parameters())
+        torch.testing.assert_close(runner.forward(states, span), before, rtol=1e-4, atol=1e-5)
