@@ -5,6 +5,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+from server_node.speed import RoutingFacts
+from swarm_protocol.errors import InvalidRecordError
 from swarm_protocol.ids import PeerId, short_peer
 from swarm_protocol.records import RECORD_LIFETIME_S, REFRESH_PERIOD_S, NodeRecord, NodeState, directory_key, seal
 from swarm_protocol.transport.base import Transport
@@ -30,6 +32,7 @@ class Announcer:
         self._sign = sign
         self._record = record
         self._free_tokens: Callable[[], int] = lambda: 0
+        self._facts: Callable[[], RoutingFacts] = RoutingFacts
         self._expires_at_s = 0.0
         self._num_failures = 0
 
@@ -37,10 +40,10 @@ class Announcer:
     def state(self) -> NodeState:
         return self._record.state
 
-    def serving(self, max_tokens: int, free_tokens: Callable[[], int]) -> None:
-        """From now on the record names the cache: `max_tokens` in all, and what `free_tokens` says each time."""
+    def serving(self, max_tokens: int, free_tokens: Callable[[], int], facts: Callable[[], RoutingFacts]) -> None:
+        """From now on the record names the cache, `max_tokens` in all, and what the others say each time."""
         self._record = replace(self._record, max_tokens=max_tokens)
-        self._free_tokens = free_tokens
+        self._free_tokens, self._facts = free_tokens, facts
 
     async def announce(self, state: NodeState) -> bool:
         """Publish the record with a new state; False if the directory did not take it, which `run` tries again."""
@@ -63,15 +66,23 @@ class Announcer:
         now_s = self._transport.now_s()
         # Two stores may be on their way at once: the one that was begun later has to win, so it expires later.
         self._expires_at_s = max(now_s + RECORD_LIFETIME_S, self._expires_at_s + _LATER_S)
+        facts = self._facts()
         record = replace(
-            self._record, published_s=now_s, expires_at_s=self._expires_at_s, free_tokens=self._free_tokens()
+            self._record,
+            published_s=now_s,
+            expires_at_s=self._expires_at_s,
+            free_tokens=self._free_tokens(),
+            block_step_s=facts.block_step_s,
+            block_token_s=facts.block_token_s,
+            queue_s=facts.queue_s,
+            pings_s=facts.pings_s,
         )
         key = directory_key(record.model, record.start_block)
         problem: object = "no peer accepted the record"
         try:
             async with asyncio.timeout(_STORE_TIMEOUT_S):
                 is_stored = await self._transport.directory.store(
-                    key, self._peer_id, seal(record, self._sign), record.expires_at_s
+                    key, self._peer_id, self._sealed(record), record.expires_at_s
                 )
         except Exception as error:  # a directory passes on whatever happened below it, and a node outlives all of it
             is_stored, problem = False, repr(error)
@@ -82,3 +93,9 @@ class Announcer:
                 self._num_failures, problem, short_peer(self._peer_id),
             )  # fmt: skip
         return is_stored
+
+    def _sealed(self, record: NodeRecord) -> bytes:
+        try:
+            return seal(record, self._sign)
+        except InvalidRecordError:  # names may be long; a node can be found without its pings
+            return seal(replace(record, pings_s=()), self._sign)

@@ -21,6 +21,7 @@ from server_node.compute.worker import ComputeWorker
 from server_node.link import Link, open_link
 from server_node.rates import BROKEN_STREAM
 from server_node.sessions import Session, SessionTable
+from server_node.speed import SpeedMeter
 from swarm_protocol.errors import (
     InternalError,
     LimitExceededError,
@@ -67,12 +68,18 @@ class NodeHandlers:
     """The two stream handlers of a node. Steps run in `group`: they outlive their stream."""
 
     def __init__(
-        self, admission: Admission, sessions: SessionTable, worker: ComputeWorker, group: asyncio.TaskGroup
+        self,
+        admission: Admission,
+        sessions: SessionTable,
+        worker: ComputeWorker,
+        group: asyncio.TaskGroup,
+        speed: SpeedMeter,
     ) -> None:
         self._admission = admission
         self._sessions = sessions
         self._worker = worker
         self._group = group
+        self._speed = speed
         self._links: set[Link] = set()
         self._steps: set[asyncio.Task[None]] = set()
         self._something_ended = asyncio.Event()
@@ -278,6 +285,7 @@ class NodeHandlers:
             )
             if math.prod(output.hidden_states.shape):
                 self._admission.rates.computed(session.plan.peer_id, _now_s())
+            self._speed.ran(output, len(session.plan.blocks), _now_s())
             reply = StepReply(step.step_id, output.hidden_states, output.queue_s, output.compute_s)
             logger.debug("step %d of %s in %.4f s %s", step.step_id, output.hidden_states, output.compute_s, session)
         except SwarmError as error:

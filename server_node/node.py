@@ -11,12 +11,15 @@ from pathlib import Path
 
 from server_node.admission import Admission, ServedSpan
 from server_node.announcer import Announcer
+from server_node.benchmark import measure_speed
 from server_node.compute.opened_model import OpenedModel
 from server_node.compute.worker import ComputeWorker, LoadedSpan
 from server_node.config import ModelChoice, NodeConfig, NodeLimits
 from server_node.handlers import NodeHandlers
+from server_node.neighbours import NeighbourPings
 from server_node.placement import choose_span, num_blocks_that_fit
 from server_node.sessions import SessionTable
+from server_node.speed import RoutingFacts, SpeedMeter
 from swarm_protocol.errors import ConfigError, InvalidRecordError, PeerUnreachableError, StreamLostError
 from swarm_protocol.identity import Identity, load_or_create_identity, verify
 from swarm_protocol.ids import PeerId, short_peer
@@ -89,6 +92,7 @@ async def run_node(
                 served = await _load(config, worker, model, span, _until_stopped(observer.on_loading, stop))
                 online = Online(served.model, span, best_address(transport.addresses))
                 node = Node(transport, announcer, worker, served, config.limits)
+                await measure_speed(worker, served, node.speed)
                 await node.serve(stop, lambda: observer.on_online(online))
     finally:
         worker.close()
@@ -107,6 +111,8 @@ class Node:
     ) -> None:
         self.admission = Admission(served, limits)
         self.sessions = SessionTable(self.admission, limits.resume_grace_s)
+        self.speed = SpeedMeter()
+        self._neighbours = NeighbourPings(transport, served)
         self._transport = transport
         self._announcer = announcer
         self._worker = worker
@@ -119,16 +125,22 @@ class Node:
         alive.
         """
         async with asyncio.TaskGroup() as group:
-            handlers = NodeHandlers(self.admission, self.sessions, self._worker, group)
+            handlers = NodeHandlers(self.admission, self.sessions, self._worker, group, self.speed)
             await self._transport.serve(SESSION_PROTOCOL, handlers.serve_session)
             await self._transport.serve(COMPUTE_PROTOCOL, handlers.serve_compute)
-            self._announcer.serving(self.admission.served.cache_tokens, lambda: self.admission.tokens_for_new_sessions)
+            cache_tokens = self.admission.served.cache_tokens
+            self._announcer.serving(cache_tokens, lambda: self.admission.tokens_for_new_sessions, self._routing_facts)
             await self._announcer.announce("online")
             on_online()
+            pinging = group.create_task(self._neighbours.run(), name="neighbour pings")
             await stopped_or_lost(stop, self._transport)
+            pinging.cancel()
             self.admission.is_draining = True
             await self._announcer.announce("draining")
             await handlers.drain(self._limits.drain_s)
+
+    def _routing_facts(self) -> RoutingFacts:
+        return self.speed.facts(self._neighbours.pings_s, asyncio.get_running_loop().time())
 
 
 async def stopped_or_lost(stop: asyncio.Event, transport: Transport) -> None:

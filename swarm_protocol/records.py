@@ -26,15 +26,24 @@ RECORD_LIFETIME_S = 30.0
 REFRESH_PERIOD_S = 10.0
 """A killed node is gone after 30 s; two lost refreshes do not take a living one away."""
 
+MAX_PINGS = 8
+"""Neighbours that a record names: about 520 of its bytes."""
+
 NodeState = Literal["joining", "online", "draining", "offline"]
 Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
+Measured = Annotated[float, Meta(ge=0, le=60)]
+"""Seconds that a node measured; a stranger writes them, so they are finite and of a size that can be reckoned with."""
+
+Pings = Annotated[tuple[tuple[ShortText, Measured], ...], Meta(max_length=MAX_PINGS)]
 
 
 @dataclass(frozen=True, slots=True)
 class NodeRecord:
     """One node's own words. `incarnation` grows with every start of the node; times are seconds since the epoch.
 
-    `numerics` is equal for two nodes exactly if their KV caches are interchangeable.
+    `numerics` is equal for two nodes exactly if their KV caches are interchangeable. What follows `name` is for routing
+    and may be missing: seconds per block of a decode step, seconds per block and token of a prefill (None where nothing
+    was measured), the wait in the queue lately, and round trips to peers that serve the blocks behind this node's.
     """
 
     peer_id: ShortText
@@ -53,6 +62,10 @@ class NodeRecord:
     free_tokens: Count
     max_tokens: Count
     name: Annotated[str, Meta(max_length=40)] = ""
+    block_step_s: Measured | None = None
+    block_token_s: Measured | None = None
+    queue_s: Measured = 0.0
+    pings_s: Pings = ()
 
     def __post_init__(self) -> None:
         if self.start_block >= self.end_block or not is_model_name(self.model):

@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm_protocol.errors import InvalidRecordError
 from swarm_protocol.ids import PeerId
-from swarm_protocol.records import NodeRecord, directory_key, directory_keys, seal, unseal
+from swarm_protocol.records import MAX_PINGS, NodeRecord, directory_key, directory_keys, seal, unseal
 
 NOW_S = 1_000_000.0
 OWNER = PeerId("12D3KooWOwner")
@@ -31,6 +32,8 @@ RECORD = NodeRecord(
     max_tokens=2000,
     name="a volunteer",
 )
+
+ROUTING_FIELDS = ("block_step_s", "block_token_s", "queue_s", "pings_s")
 
 
 def sign_as(peer_id: PeerId, payload: bytes) -> bytes:
@@ -65,6 +68,33 @@ def test_a_record_survives_the_directory() -> None:
 def test_what_is_not_the_owners_own_word_is_refused(value: bytes, owner: PeerId, now_s: float) -> None:
     with pytest.raises(InvalidRecordError):
         unseal(value, owner, verify, now_s)
+
+
+def test_a_record_without_what_routing_needs_is_as_good_as_before() -> None:
+    fields = {name: getattr(RECORD, name) for name in NodeRecord.__slots__ if name not in ROUTING_FIELDS}
+    payload = msgspec.msgpack.encode(fields)
+    value = msgspec.msgpack.encode((payload, sign_as(OWNER, payload)))
+    assert unseal(value, OWNER, verify, NOW_S) == RECORD
+
+
+@pytest.mark.parametrize("seconds", [-0.1, 60.1, float("nan"), float("inf"), "0.1", True])
+@pytest.mark.parametrize("field", ROUTING_FIELDS)
+def test_figures_that_cannot_be_reckoned_with_are_refused(field: str, seconds: object) -> None:
+    value = sealed(dataclasses.replace(RECORD, **{field: (("p", seconds),) if field == "pings_s" else seconds}))
+    with pytest.raises(InvalidRecordError):
+        unseal(value, OWNER, verify, NOW_S)
+
+
+def test_a_record_names_only_some_neighbours_and_has_room_for_them() -> None:
+    peer_id = "12D3KooW" + "x" * 44
+    full = dataclasses.replace(
+        RECORD, model="m" * 128, name="n" * 40, block_step_s=0.01, block_token_s=0.001, queue_s=0.1,
+        pings_s=((peer_id, 0.123456),) * MAX_PINGS,
+    )  # fmt: skip
+    assert unseal(sealed(full), OWNER, verify, NOW_S) == full
+    assert len(sealed(full)) < 1500
+    with pytest.raises(InvalidRecordError):
+        unseal(sealed(dataclasses.replace(full, pings_s=((peer_id, 0.1),) * (MAX_PINGS + 1))), OWNER, verify, NOW_S)
 
 
 @given(st.binary(max_size=300))
