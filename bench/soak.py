@@ -148,7 +148,9 @@ def _run(soak: Soak, options: argparse.Namespace) -> None:
 
 def _sample(swarm: Swarm, key: ModelKey, processes: list[psutil.Process], soak: Soak, when: str) -> list[NodeRecord]:
     """Print one row; return the records of the nodes that stay."""
-    records = swarm.loop.run(swarm._watcher(key).records(0.0))
+    watcher = swarm._watcher(key)
+    swarm.loop.run(watcher.refresh())
+    records = swarm.loop.run(watcher.view()).records
     staying = sorted(
         (r for r in records if r.end_block - r.start_block < _BLOCKS), key=lambda record: record.start_block
     )

@@ -17,8 +17,10 @@ class ClientConfig:
     open_s          how long opening a session at one node may take
     step_s          how long one node may take for one step; a long prefill chunk on a slow CPU takes tens of seconds
     resume_s        how long a dropped stream is tried to be taken up again; nodes keep the cache for 60 s
-    view_age_s      how old the view of the swarm may be when a session is opened; records are refreshed every 10 s
-    avoid_s         how long a node that failed is not chosen again; longer than a record outlives its node
+    view_age_s      how often the view of the swarm is read anew in the background while it is used; records are
+                    refreshed every 10 s; 0 reads it whenever a session is opened
+    avoid_s         how long a node that failed is not asked again, at least and the first time; doubled each time that
+                    it fails again. After it, a new record and an answered ping are wanted; a restart needs no wait
     route_attempts  how many routes are tried when nodes refuse or cannot be reached
     reserve_tokens  how many tokens a session reserves ahead of those that it has, or a quarter of them if that is more;
                     less reserves more often, which costs nothing but finds a node full in the middle of an answer
@@ -38,7 +40,7 @@ class ClientConfig:
     step_s: float = 120.0
     resume_s: float = 5.0
     view_age_s: float = 5.0
-    avoid_s: float = 45.0
+    avoid_s: float = 10.0
     route_attempts: int = 3
     reserve_tokens: int = 256
     max_wait_s: float = 30.0

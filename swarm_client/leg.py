@@ -1,6 +1,6 @@
 """One hop of an open session: the stream to its node, the tape of what went in, and how to take a step there."""
 
-import time
+import asyncio
 from dataclasses import dataclass
 
 from swarm_client.routing.find_route import Hop
@@ -65,9 +65,10 @@ class Leg:
         """
         if self.failure is not None:
             raise self.failure.with_traceback(None)
-        started_s = time.perf_counter()
+        clock = asyncio.get_running_loop().time
+        started_s = clock()
         reply = await self.stream.step(states, position, row_order)
-        timing = HopTiming(self.hop, time.perf_counter() - started_s, reply.queue_s, reply.compute_s)
+        timing = HopTiming(self.hop, clock() - started_s, reply.queue_s, reply.compute_s)
         if is_last:
             check_finite(from_wire(reply.hidden_states))
         return reply.hidden_states, timing

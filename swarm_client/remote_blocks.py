@@ -84,6 +84,7 @@ class RemoteBlocks(nn.Module):
         super().__init__()
         self.swarm = swarm
         self.model = model
+        swarm.watch(model)
 
     def session(self, max_length: int) -> InferenceSession:
         """Return a session for up to `max_length` tokens a row; the caches are reserved at its first step."""

@@ -11,7 +11,10 @@ from typing import Any
 from swarm_client.config import ClientConfig
 from swarm_client.loop_thread import LoopThread, join_network
 from swarm_client.prefix_hashes import KEY_BYTES
-from swarm_client.routing.find_route import Hop, ModelKey, find_route
+from swarm_client.routing.costs import RouteWish
+from swarm_client.routing.find_route import Hop, ModelKey, find_throughput_route
+from swarm_client.routing.peer_health import PeerHealth
+from swarm_client.routing.swarm_view import SwarmView
 from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.span_stream import MessageStream
 from swarm_client.swarm_session import SwarmSession
@@ -21,6 +24,8 @@ from swarm_protocol.ids import short_peer
 from swarm_protocol.messages import COMPUTE_PROTOCOL, ErrorReply, Forward, ForwardReply, WireTensor
 from swarm_protocol.spans import Span, describe_blocks, uncovered
 from swarm_protocol.transport.base import Transport
+
+_random = secrets.SystemRandom()
 
 _open_swarms: "weakref.WeakSet[Swarm]" = weakref.WeakSet()
 
@@ -35,6 +40,7 @@ class Swarm:
         self._transport = transport
         self._prefix_key = secrets.token_bytes(KEY_BYTES)
         self._tapes = TapeBudget(config.tape_bytes)
+        self._health = PeerHealth(config.avoid_s)
         self._watchers: dict[ModelKey, SwarmWatcher] = {}
         _open_swarms.add(self)
 
@@ -55,10 +61,14 @@ class Swarm:
             self._transport, watcher, self.config, model, batch_size, max_length, self._prefix_key, self._tapes
         )
 
+    def watch(self, model: ModelKey) -> None:
+        """Begin to read which nodes `model` has and how far away they are, so that the first session finds it known."""
+        self.loop.submit(self._watcher(model).view())
+
     def missing_blocks(self, model: ModelKey) -> Sequence[Span]:
         """Return the runs of blocks of `model` that no online node with the same weights serves now."""
-        records = self.loop.run(self._watcher(model).records(self.config.view_age_s))
-        spans = [r.span for r in records if r.state == "online" and r.revision == model.revision]
+        view = self.loop.run(self._watcher(model).view())
+        spans = [r.span for r in view.records if r.state == "online" and r.revision == model.revision]
         return uncovered(spans, model.num_blocks)
 
     def forward(self, model: ModelKey, hidden_states: WireTensor) -> tuple[WireTensor, ...]:
@@ -73,7 +83,7 @@ class Swarm:
         if self in _open_swarms:
             _open_swarms.discard(self)
             try:
-                self.loop.run(self._transport.close())
+                self.loop.run(self._close())
             finally:
                 self.loop.close()
 
@@ -84,21 +94,24 @@ class Swarm:
     def _watcher(self, model: ModelKey) -> SwarmWatcher:
         watcher = self._watchers.get(model)
         if watcher is None:
-            watcher = SwarmWatcher(self._transport, model.name, model.num_blocks, self.config.avoid_s)
+            watcher = SwarmWatcher(self._transport, model, self.config.view_age_s, self._health)
             watcher = self._watchers.setdefault(model, watcher)
         return watcher
 
+    async def _close(self) -> None:
+        for watcher in self._watchers.values():
+            await watcher.close()
+        await self._transport.close()
+
     async def _forward(self, model: ModelKey, hidden_states: WireTensor) -> tuple[WireTensor, ...]:
         watcher = self._watcher(model)
+
+        def find(view: SwarmView) -> list[Hop]:
+            wish = RouteWish(avoided=watcher.avoided, blocked=self.config.blocked_peers)
+            return find_throughput_route(view, model, wish, _random.random)
+
         for attempt in itertools.count(1):
-            records = await watcher.records(0.0 if attempt > 1 else self.config.view_age_s)
-            hops = find_route(
-                [r for r in records if r.peer_id not in self.config.blocked_peers],
-                model,
-                needed_tokens=0,
-                avoided=watcher.avoided,
-                choose=secrets.choice,
-            )
+            hops = await watcher.find(find, is_retry=attempt > 1)
             outputs: list[WireTensor] = []
             try:
                 for hop in hops:
@@ -106,7 +119,7 @@ class Swarm:
             except SwarmError as error:
                 if not error.retryable or attempt >= self.config.route_attempts:
                     raise
-                watcher.avoid(hops[len(outputs)].peer_id)
+                watcher.failed(hops[len(outputs)].peer_id, error)
             else:
                 return tuple(outputs)
         raise AssertionError("unreachable")

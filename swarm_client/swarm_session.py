@@ -16,7 +16,9 @@ from swarm_client.pipeline import FIRST_TOKENS, LEAST_TOKENS, run_pieces
 from swarm_client.prefix_hashes import TokenPrefix, page_hashes
 from swarm_client.prompt_pages import PromptPages
 from swarm_client.recovery import MAX_WRONG_ANSWERS, Fault, fault_of, has_forgotten, is_wrong_answer, stays_usable
+from swarm_client.routing.costs import RouteWish
 from swarm_client.routing.find_route import Hop, ModelKey, find_route
+from swarm_client.routing.swarm_view import SwarmView
 from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.span_stream import HopLimits, SpanStream, tokens_to_reserve
 from swarm_client.tape import Tape, TapeBudget
@@ -31,7 +33,6 @@ from swarm_protocol.errors import (
 from swarm_protocol.ids import ID_BYTES, PeerId, short_id, short_peer
 from swarm_protocol.messages import WireTensor
 from swarm_protocol.records import NodeRecord
-from swarm_protocol.spans import Span
 from swarm_protocol.tensors import check_finite, from_wire
 from swarm_protocol.transport.base import Transport
 
@@ -92,8 +93,9 @@ class SwarmSession:
         PeerUnreachableError and the like.
         """
         reserved = tokens_to_reserve(num_tokens, self._config.reserve_tokens, self._max_length)
+        pages = self._hashes((), prefix)
         for attempt in range(1, self._config.route_attempts + 1):
-            hops = self._route(await self._records(is_fresh=attempt > 1), reserved)
+            hops = await self._find_route(reserved, pages, is_retry=attempt > 1)
             try:
                 streams, cached = await self._open_streams(hops, reserved, prefix)
             except SwarmError as error:
@@ -103,6 +105,7 @@ class SwarmSession:
                     reserved = num_tokens  # what is needed now may still fit
                 logger.info("route failed, trying another (%s): %s", attempt, error)
                 continue
+            self._watcher.holders.remember(pages, [hop.peer_id for hop in hops])
             self._legs = [Leg(stream, Tape(self._tapes)) for stream in streams]
             hashes = [self._hashes(hops[: number + 1], prefix) for number in range(len(hops))]
             self._prompt = PromptPages(self._tapes, hashes)
@@ -138,6 +141,8 @@ class SwarmSession:
                 del states[lost + 1 :], timings[lost:]
             else:
                 self._check_open()
+                num_tokens = states[index].shape[0] * states[index].shape[1]
+                self._watcher.stepped(leg.hop, num_tokens, timing.total_s)
                 states.append(reply)
                 timings.append(timing)
         self._prompt.keep([leg.tape for leg in self._legs], position)
@@ -230,8 +235,7 @@ class SwarmSession:
         """Return legs for the blocks of `leg` at other nodes, at `position`; the first has its tape."""
         needed = max(position, leg.tape.length)
         reserved = tokens_to_reserve(needed, self._config.reserve_tokens, self._max_length)
-        records = [r for r in await self._records() if self._may_serve(r, leg)]
-        hops = self._route(records, reserved, leg.hop.span)
+        hops = await self._find_route(reserved, leg=leg)  # for its blocks alone
         streams, _ = await self._open_streams(hops, reserved)
         legs = [Leg(stream, Tape(self._tapes), self._num_steps) for stream in streams]
         try:
@@ -257,7 +261,7 @@ class SwarmSession:
                     check_finite(from_wire(states))
                 except SwarmError as error:
                     if _is_nodes_fault(error):
-                        self._blame(leg.hop.peer_id)
+                        self._blame(leg.hop.peer_id, error)
                     raise
 
     def _lose(self, leg: Leg, error: SwarmError) -> None:
@@ -265,11 +269,11 @@ class SwarmSession:
         if leg.failure is None:
             leg.failure = error
             if not has_forgotten(error):
-                self._blame(leg.hop.peer_id)
+                self._blame(leg.hop.peer_id, error)
 
-    def _blame(self, peer_id: PeerId) -> None:
+    def _blame(self, peer_id: PeerId, error: SwarmError) -> None:
         self._failed_s[peer_id] = self._transport.now_s()
-        self._watcher.avoid(peer_id)
+        self._watcher.failed(peer_id, error)
 
     def _may_serve(self, record: NodeRecord, leg: Leg) -> bool:
         """Whether a node may take over from `leg`: not its own node while it only refuses, and none that is dead."""
@@ -280,9 +284,9 @@ class SwarmSession:
 
     async def _is_replaceable(self, hop: Hop) -> bool:
         """Whether other nodes, none of which failed lately, serve the blocks of `hop`."""
-        away = {hop.peer_id, *self._watcher.avoided}
+        away = {hop.peer_id, *self._watcher.avoided, *self._config.blocked_peers}
         try:
-            self._route([r for r in await self._records() if r.peer_id not in away], 0, hop.span)
+            find_route(await self._watcher.view(), self._model, RouteWish(blocked=away, span=hop.span), secrets.choice)
         except SwarmError:
             return False
         return True
@@ -295,19 +299,18 @@ class SwarmSession:
 
     # routes
 
-    async def _records(self, *, is_fresh: bool = False) -> list[NodeRecord]:
-        records = await self._watcher.records(0.0 if is_fresh else self._config.view_age_s)
-        return [r for r in records if r.peer_id not in self._config.blocked_peers]
+    async def _find_route(
+        self, reserved: int, pages: Sequence[bytes] = (), leg: Leg | None = None, *, is_retry: bool = False
+    ) -> list[Hop]:
+        def find(view: SwarmView) -> list[Hop]:
+            unfit = {PeerId(r.peer_id) for r in view.records if leg is not None and not self._may_serve(r, leg)}
+            wish = RouteWish(
+                self._batch_size * reserved, self._watcher.avoided, unfit | self._config.blocked_peers,
+                self._watcher.holders.affinity(pages), span=None if leg is None else leg.hop.span,
+            )  # fmt: skip
+            return find_route(view, self._model, wish, secrets.choice)
 
-    def _route(self, records: Sequence[NodeRecord], reserved: int, span: Span | None = None) -> list[Hop]:
-        return find_route(
-            records,
-            self._model,
-            needed_tokens=self._batch_size * reserved,
-            avoided=self._watcher.avoided,
-            choose=secrets.choice,
-            span=span,
-        )
+        return await self._watcher.find(find, is_retry=is_retry)
 
     async def _open_streams(
         self, hops: Sequence[Hop], reserved: int, prefix: TokenPrefix | None = None
@@ -339,7 +342,7 @@ class SwarmSession:
             return streams, cached
         for stream, error in failures:
             if isinstance(error, SwarmError) and _is_nodes_fault(error):
-                self._blame(stream.hop.peer_id)
+                self._blame(stream.hop.peer_id, error)
         await asyncio.gather(*(stream.close() for stream in streams))
         raise failures[0][1]
 

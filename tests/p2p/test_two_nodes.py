@@ -16,6 +16,7 @@ from app.demo import find_model
 from bench.node_processes import NodeProcess
 from swarm_client import AutoDistributedModelForCausalLM, ChatMessage, ClientConfig, DistributedCausalLM, SamplingParams
 from swarm_protocol.errors import SwarmError
+from swarm_protocol.ids import PeerId
 
 pytestmark = [pytest.mark.p2p, pytest.mark.timeout(600)]
 
@@ -105,6 +106,20 @@ def test_chat_keeps_its_cache_over_turns(smollm2: Served) -> None:
     second = "".join(delta.text for delta in session.generate(SamplingParams(40)))
     assert "Berlin" in second
     session.close()
+
+
+def test_a_client_knows_how_far_and_how_fast_its_nodes_are(smollm2: Served) -> None:
+    blocks = smollm2.remote.remote_blocks
+    with smollm2.remote.inference_session(max_length=50):
+        smollm2.remote.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    view = blocks.swarm.loop.run(blocks.swarm._watcher(blocks.model).view())
+    assert len(view.records) == 2
+    for record in view.records:
+        assert record.block_step_s is not None
+        assert record.block_token_s is not None
+        assert 0 < record.block_token_s < record.block_step_s < 0.5
+        assert 0 < view.pings_s[PeerId(record.peer_id)] < 1
+        assert 0 < view.own[PeerId(record.peer_id)].block_s < 0.5
 
 
 def test_an_answer_outlives_nodes_until_the_last_one_is_gone(smollm2: Served) -> None:

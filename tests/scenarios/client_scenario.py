@@ -21,6 +21,7 @@ from server_node.node import Node, announced
 from swarm_client.config import ClientConfig
 from swarm_client.prefix_hashes import KEY_BYTES
 from swarm_client.routing.find_route import ModelKey
+from swarm_client.routing.peer_health import PeerHealth
 from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.swarm_session import SwarmSession
 from swarm_client.tape import TapeBudget
@@ -112,7 +113,7 @@ class Scene:
         self.network.kill(self.nodes[index].transport.peer_id)
 
     def another_session(self, config: ClientConfig = CONFIG, max_length: int = 20) -> SwarmSession:
-        watcher = SwarmWatcher(self.client, KEY.name, KEY.num_blocks, config.avoid_s)
+        watcher = SwarmWatcher(self.client, KEY, config.view_age_s, PeerHealth(config.avoid_s))
         return SwarmSession(self.client, watcher, config, KEY, 1, max_length, PREFIX_KEY, TapeBudget(1 << 20))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from swarm_client.routing.peer_health import PeerHealth
 from swarm_client.routing.watcher import LOOKUP_S, SwarmWatcher
 from swarm_client.row_groups import open_together
 from swarm_client.swarm_session import SwarmSession
@@ -134,7 +135,7 @@ async def test_rows_that_cannot_be_opened_close_those_that_are_opened_later() ->
     async with scene(*HALVES) as s:
         for served in s.nodes:
             s.network.set_link(s.client.peer_id, served.transport.peer_id, LinkProfile(0.1))
-        watcher = SwarmWatcher(s.client, KEY.name, KEY.num_blocks, 1.0)
+        watcher = SwarmWatcher(s.client, KEY, 0.0, PeerHealth(1.0))
         too_long = SwarmSession(s.client, watcher, CONFIG, KEY, 1, 10_000, PREFIX_KEY, TapeBudget(1 << 20))
         with pytest.raises(CacheFullError):
             await open_together([s.session, too_long], [1, 500], None)
