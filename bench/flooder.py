@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from swarm_client.span_stream import MessageStream
+from swarm_client.message_stream import MessageStream
 from swarm_protocol.errors import SwarmError
 from swarm_protocol.ids import PeerId
 from swarm_protocol.messages import (

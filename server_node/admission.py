@@ -25,7 +25,7 @@ from swarm_protocol.errors import (
     SwarmError,
     UnsupportedVersionError,
 )
-from swarm_protocol.ids import PeerId
+from swarm_protocol.ids import PeerId, parse_peer_id
 from swarm_protocol.messages import PROTOCOL_VERSIONS, Forward, OpenSession, Step, WireTensor
 from swarm_protocol.spans import Span
 from swarm_protocol.tensors import check_hidden_states
@@ -55,7 +55,10 @@ class ServedSpan:
 
 @dataclass(frozen=True, slots=True)
 class SessionPlan:
-    """What was reserved for a session, and for whom."""
+    """What was reserved for a session, and for whom.
+
+    Steps come from the peer `upstream`, too; with `keeps_tape` what goes out may be asked for again.
+    """
 
     session_id: bytes
     peer_id: PeerId
@@ -63,6 +66,8 @@ class SessionPlan:
     blocks: Span
     batch_size: int
     max_tokens: int
+    upstream: PeerId | None = None
+    keeps_tape: bool = False
 
     @property
     def token_blocks(self) -> int:
@@ -126,15 +131,22 @@ class Admission:
         versions = set(request.versions) & set(PROTOCOL_VERSIONS)
         if not versions:
             raise UnsupportedVersionError(request.versions, PROTOCOL_VERSIONS)
-        for role, peer in (("upstream", request.upstream), ("downstream", request.downstream)):
-            if peer is not None and peer != peer_id:
-                raise InvalidRequestError(f"{role} {peer[-6:]!r}: only the peer that opens a session is served so far")
-        blocks = self._checked_blocks(request)
+        blocks, upstream = self._checked_blocks(request), _neighbour(request.upstream)
+        keeps_tape = _neighbour(request.downstream) is not None
         if self._sessions[peer_id] >= self.limits.max_sessions_per_peer:
             raise LimitExceededError(f"this peer has {self._sessions[peer_id]} open sessions, which is the limit")
         if self.num_sessions >= self.limits.max_sessions:
             raise LimitExceededError(f"{self.num_sessions} sessions are open here, which is the limit")
-        plan = SessionPlan(request.session_id, peer_id, max(versions), blocks, request.batch_size, request.max_tokens)
+        plan = SessionPlan(
+            request.session_id,
+            peer_id,
+            max(versions),
+            blocks,
+            request.batch_size,
+            request.max_tokens,
+            upstream,
+            keeps_tape,
+        )
         self._reserve(plan, plan.max_tokens, self._headroom)
         self._sessions[peer_id] += 1
         return plan
@@ -197,6 +209,10 @@ class Admission:
             raise NodeDrainingError("this node is leaving and begins nothing new")
         if self._queued[peer_id] >= self.limits.max_queued_per_peer or self.num_queued >= self.limits.max_queued:
             raise LimitExceededError(f"{self.num_queued} steps wait here, {self._queued[peer_id]} of them this peer's")
+        self.queue_anyway(peer_id)
+
+    def queue_anyway(self, peer_id: PeerId) -> None:
+        """Count what waits without computing anything."""
         self._queued[peer_id] += 1
         self.num_queued += 1
 
@@ -270,6 +286,13 @@ class Admission:
 
     def _bytes_of_tokens(self, num_tokens: int) -> int:
         return num_tokens * self.served.hidden_size * _BYTES_PER_VALUE
+
+
+def _neighbour(text: str | None) -> PeerId | None:
+    try:
+        return None if text is None else parse_peer_id(text)
+    except ValueError as error:
+        raise InvalidRequestError(str(error)) from None
 
 
 def _take(counter: Counter[PeerId], peer_id: PeerId, count: int = 1) -> None:

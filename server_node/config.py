@@ -51,9 +51,9 @@ class NodeLimits:
     """Open at once; memory is the real limit, this one bounds the bookkeeping."""
     max_sessions_per_peer: int = 128
     """One chat site is one peer, with a session per reader."""
-    max_streams_per_peer: int = 160
-    """Its sessions, some that are being resumed, and its forward passes."""
-    max_streams: int = 1024
+    max_streams_per_peer: int = 288
+    """Its sessions, each with a stream of its own and one from the node before, and its forward passes."""
+    max_streams: int = 2048
     max_step_tokens: int = 4096
     """Rows times tokens of one step: what the device thread does before the next one gets its turn."""
     max_payload_bytes: int = 64 * 1024 * 1024
@@ -77,6 +77,11 @@ class NodeLimits:
     peer_burst_messages: int = 1000
     """What it may send at once before that: a site's 128 sessions that open, resume or have a step each, and as many
     again; the steps are given back when they are computed."""
+    tape_bytes: int = 1024 * 1024 * 1024
+    """Of this machine's memory, for what sessions have sent on, so that it can be sent to another node when the next
+    one dies: 8,000 tokens of BLOOM-176B in bf16 are 235 MB. Half of it at most for one peer."""
+    join_s: float = 3.0
+    """To reach the next node of a session. One that cannot be reached is served through the client from then on."""
     resume_grace_s: float = 60.0
     """How long a session whose stream dropped keeps its cache."""
     idle_s: float = 1800.0

@@ -11,19 +11,18 @@ What a peer sends falls into three kinds of trouble:
 
 import asyncio
 import logging
-import math
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 
 from server_node.admission import Admission, SessionPlan
-from server_node.compute.work import AllocateWork, ForwardWork, StepWork
+from server_node.compute.work import AllocateWork, ForwardWork
 from server_node.compute.worker import ComputeWorker
 from server_node.link import Link, open_link
 from server_node.rates import BROKEN_STREAM
 from server_node.sessions import Session, SessionTable
 from server_node.speed import SpeedMeter
+from server_node.steps import StepRunner, internal_error
 from swarm_protocol.errors import (
-    InternalError,
     LimitExceededError,
     ProtocolError,
     SessionClosedError,
@@ -31,24 +30,25 @@ from swarm_protocol.errors import (
     SwarmError,
     UnexpectedMessageError,
 )
-from swarm_protocol.ids import PeerId, short_peer
+from swarm_protocol.ids import short_peer
 from swarm_protocol.messages import (
     CloseSession,
     ErrorReply,
     Forward,
     ForwardReply,
+    JoinSession,
     Message,
     OpenSession,
     Ping,
     Pong,
     ResumeSession,
+    RingJoined,
+    SendTape,
     SessionClosed,
     SessionOpened,
     Step,
-    StepReply,
     error_reply,
 )
-from swarm_protocol.session_state import Begun
 from swarm_protocol.transport.base import FrameStream
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,12 @@ _FLUSH_S = 5.0
 """For peers to take the last answers when the node leaves; what they do not take, they have to do without."""
 
 
+Conversation = Callable[[Link, ExitStack], Awaitable[None]]
+"""Serves one stream; it is counted, for its peer, in the stack."""
+
+
 class NodeHandlers:
-    """The two stream handlers of a node. Steps run in `group`: they outlive their stream."""
+    """The stream handlers of a node. Steps run in `group`: they outlive their stream."""
 
     def __init__(
         self,
@@ -78,15 +82,17 @@ class NodeHandlers:
         self._admission = admission
         self._sessions = sessions
         self._worker = worker
-        self._group = group
-        self._speed = speed
         self._links: set[Link] = set()
-        self._steps: set[asyncio.Task[None]] = set()
         self._something_ended = asyncio.Event()
+        self._steps = StepRunner(admission, sessions, worker, group, speed, self._something_ended.set)
 
     async def serve_session(self, stream: FrameStream) -> None:
         """Serve one stream of SESSION_PROTOCOL; runs until either side ends it."""
         await self._serve(stream, _GREETING_BYTES, self._session_stream)
+
+    async def serve_ring(self, stream: FrameStream) -> None:
+        """Serve one stream of RING_PROTOCOL; runs until either side ends it."""
+        await self._serve(stream, _GREETING_BYTES, self._ring_stream)
 
     async def serve_compute(self, stream: FrameStream) -> None:
         """Serve one stream of COMPUTE_PROTOCOL; runs until either side ends it."""
@@ -100,8 +106,7 @@ class NodeHandlers:
                     await self._wait_for_an_end()
         except TimeoutError:
             logger.warning("%d steps did not end within %g s and are given up", self._admission.num_queued, timeout_s)
-            for step in list(self._steps):
-                step.cancel()
+            self._steps.cancel_all()
         for link in self._links:
             link.finish()
         try:
@@ -117,9 +122,7 @@ class NodeHandlers:
         self._something_ended.clear()
         await self._something_ended.wait()
 
-    async def _serve(
-        self, stream: FrameStream, max_payload_bytes: int, conversation: Callable[[Link], Awaitable[None]]
-    ) -> None:
+    async def _serve(self, stream: FrameStream, max_payload_bytes: int, conversation: Conversation) -> None:
         if self._admission.is_flooding(stream.peer_id, _now_s()):
             # Not even an answer: each would cost as much as what the limits spare.
             return
@@ -136,11 +139,11 @@ class NodeHandlers:
             self._links.discard(link)
             self._something_ended.set()
 
-    async def _converse(self, link: Link, conversation: Callable[[Link], Awaitable[None]], counted: ExitStack) -> None:
+    async def _converse(self, link: Link, conversation: Conversation, counted: ExitStack) -> None:
         peer = short_peer(link.peer_id)
         try:
             counted.enter_context(self._admission.stream(link.peer_id))
-            await conversation(link)
+            await conversation(link, counted)
         except StreamLostError as error:
             logger.debug("stream ended: %s peer=%s", error, peer)
         except TimeoutError:
@@ -151,11 +154,11 @@ class NodeHandlers:
                 self._admission.rates.message(link.peer_id, _now_s(), BROKEN_STREAM)
             link.post(error_reply(error))
         except Exception as error:
-            link.post(error_reply(_internal(error, f"bug in a stream's handler peer={peer}")))
+            link.post(error_reply(internal_error(error, f"bug in a stream's handler peer={peer}")))
 
     # sessions
 
-    async def _session_stream(self, link: Link) -> None:
+    async def _session_stream(self, link: Link, _: ExitStack) -> None:
         session = await self._greet(link)
         link.allow_payload(self._admission.payload_bytes(session.plan))
         try:
@@ -198,9 +201,9 @@ class NodeHandlers:
         except BaseException as error:
             self._sessions.close(session)
             if isinstance(error, Exception) and not isinstance(error, SwarmError):
-                raise _internal(error, f"bug while a session was opened {session}") from error
+                raise internal_error(error, f"bug while a session was opened {session}") from error
             raise
-        self._sessions.opened(session, cache, link)
+        self._sessions.opened(session, cache, request.prefix if plan.batch_size == 1 else (), link)
         grace_s = self._admission.limits.resume_grace_s
         link.post(SessionOpened(plan.version, session.resume_token, grace_s, session.state.position))
         return session
@@ -219,9 +222,11 @@ class NodeHandlers:
     async def _on_session_message(self, session: Session, link: Link, message: Message) -> None:
         match message:
             case Step():
-                self._on_step(session, link, message)
+                self._steps.on_step(session, message)
             case Ping():
-                link.post(Pong(message.nonce))
+                link.post(Pong(message.nonce, session.state.last_begun))
+            case SendTape():
+                self._steps.on_send_tape(session, message)
             case CloseSession():
                 self._sessions.close(session)
                 await session.released.wait()
@@ -229,89 +234,31 @@ class NodeHandlers:
             case _:
                 raise UnexpectedMessageError(f"{type(message).__name__} has no place in an open session")
 
-    def _on_step(self, session: Session, link: Link, step: Step) -> None:
-        problem = self._admission.step_problem(step, session.plan) or self._refused_extension(session, step)
-        num_tokens = 0 if problem else step.hidden_states.shape[1]
+    async def _ring_stream(self, link: Link, counted: ExitStack) -> None:
+        message = await link.receive(_now_s() + self._admission.limits.first_message_s)
+        if not isinstance(message, JoinSession):
+            raise UnexpectedMessageError(f"{type(message).__name__} came, JoinSession was expected")
+        session = self._sessions.joined(message, link)
         try:
-            begun = session.begin_step(step.step_id, step.position, num_tokens, _now_s())
-        except SwarmError as error:
-            # Nothing has changed, so a peer that knows better can go on.
-            logger.debug("step refused: %s: %s %s", error.code, error, session)
-            link.post(error_reply(error, step.step_id))
-            return
-        if begun is Begun.FINISHED:
-            link.post(session.reply_of(step.step_id))
-        if begun is not Begun.NEW:
-            return
-        # From here on the step counts as begun, with an error as its reply if need be: the asking side counts it too.
-        try:
-            if problem is not None:
-                raise problem
-            self._admission.queue(session.plan.peer_id)
-        except SwarmError as error:
-            logger.debug("step refused: %s: %s %s", error.code, error, session)
-            session.answer(step.step_id, error_reply(error, step.step_id))
-            return
-        session.num_running += 1
-        task = self._group.create_task(self._run_step(session, step), name="step")
-        self._steps.add(task)
-        task.add_done_callback(self._steps.discard)
-
-    def _refused_extension(self, session: Session, step: Step) -> SwarmError | None:
-        """Extend a session as a new step wishes; return why that cannot be."""
-        if step.max_tokens is None or not session.state.is_next(step.step_id):
-            return None
-        try:
-            self._sessions.extend(session, step.max_tokens)
-        except SwarmError as error:
-            return error
-        return None
-
-    async def _run_step(self, session: Session, step: Step) -> None:
-        """Run a step and answer it, on whatever stream the session is by then."""
-        reply: StepReply | ErrorReply
-        is_broken = False
-        try:
-            output = await self._worker.run(
-                StepWork(
-                    session.cache,
-                    session.plan.blocks,
-                    step.position,
-                    step.hidden_states,
-                    step.row_order,
-                    session.plan.max_tokens,
-                    owner=session.plan.peer_id,
-                )
-            )
-            if math.prod(output.hidden_states.shape):
-                self._admission.rates.computed(session.plan.peer_id, _now_s())
-            self._speed.ran(output, len(session.plan.blocks), _now_s())
-            reply = StepReply(step.step_id, output.hidden_states, output.queue_s, output.compute_s)
-            logger.debug("step %d of %s in %.4f s %s", step.step_id, output.hidden_states, output.compute_s, session)
-        except SwarmError as error:
-            logger.debug("step failed: %s: %s %s", error.code, error, session)
-            reply = error_reply(error, step.step_id)
-        except Exception as error:
-            reply = error_reply(_internal(error, f"bug in a step {session}"), step.step_id)
-            is_broken = step.row_order is not None
+            # What another node brings counts for the peer whose session it is.
+            counted.close()
+            counted.enter_context(self._admission.stream(session.plan.peer_id))
+            link.charge(session.plan.peer_id)
+            link.allow_payload(self._admission.payload_bytes(session.plan))
+            link.post(RingJoined())
+            while session.upstream_link is link and not session.is_closed:
+                message = await link.receive(None)
+                if not isinstance(message, Step):
+                    raise UnexpectedMessageError(f"{type(message).__name__} has no place on a ring")
+                if session.upstream_link is link:
+                    self._steps.on_ring_step(session, message)
         finally:
-            self._work_ended(session.plan.peer_id)
-            self._sessions.step_ended(session)
-        if not session.is_closed:
-            session.answer(step.step_id, reply)
-        if is_broken:
-            link = session.link
-            self._sessions.close(session)
-            if link is not None:
-                link.finish()
-
-    def _work_ended(self, peer_id: PeerId) -> None:
-        self._admission.unqueue(peer_id)
-        self._something_ended.set()
+            if session.upstream_link is link:
+                session.upstream_link = None
 
     # forward passes
 
-    async def _compute_stream(self, link: Link) -> None:
+    async def _compute_stream(self, link: Link, _: ExitStack) -> None:
         while True:
             message = await link.receive(_now_s() + self._admission.limits.idle_s)
             if isinstance(message, Forward):
@@ -329,12 +276,13 @@ class NodeHandlers:
             try:
                 output = await self._worker.run(ForwardWork(blocks, request.hidden_states, link.peer_id))
             finally:
-                self._work_ended(link.peer_id)
+                self._admission.unqueue(link.peer_id)
+                self._something_ended.set()
         except SwarmError as error:
             logger.debug("forward refused: %s: %s peer=%s", error.code, error, short_peer(link.peer_id))
             return error_reply(error, request.request_id)
         except Exception as error:
-            bug = _internal(error, f"bug in a forward pass peer={short_peer(link.peer_id)}")
+            bug = internal_error(error, f"bug in a forward pass peer={short_peer(link.peer_id)}")
             return error_reply(bug, request.request_id)
         self._admission.rates.computed(link.peer_id, _now_s())
         return ForwardReply(request.request_id, output.hidden_states)
@@ -344,11 +292,6 @@ def _allocation(request: OpenSession, plan: SessionPlan) -> AllocateWork:
     # A prefix says what the tokens of one row will be.
     prefix = request.prefix if plan.batch_size == 1 else ()
     return AllocateWork(plan.blocks, plan.batch_size, plan.max_tokens, plan.peer_id, prefix)
-
-
-def _internal(error: Exception, what: str) -> InternalError:
-    logger.error("%s", what, exc_info=error)
-    return InternalError("internal error, see the log of the node")
 
 
 def _now_s() -> float:

@@ -14,7 +14,7 @@ from itertools import islice
 from server_node.admission import Admission
 from swarm_protocol.errors import MalformedFrameError, StreamLostError
 from swarm_protocol.ids import PeerId, short_peer
-from swarm_protocol.messages import ForwardReply, Message, StepReply
+from swarm_protocol.messages import ForwardReply, Message, StepReply, TapeSent
 from swarm_protocol.transport.base import MAX_FRAME_BYTES, FrameStream
 from swarm_protocol.wire import MessageAssembler, WireLimits, encode
 
@@ -45,6 +45,7 @@ class Link:
         self._all_sent = asyncio.Event()
         self._is_finished = False
         self._is_broken = False
+        self._account = stream.peer_id
 
     @property
     def peer_id(self) -> PeerId:
@@ -53,6 +54,11 @@ class Link:
     def began(self) -> None:
         """Count the stream itself, or a peer that opens one after the other would be within every rate."""
         self._rates.message(self.peer_id, _now_s())
+
+    def charge(self, account: PeerId) -> None:
+        """From now on, count what comes as sent by another peer, for whom it is brought."""
+        self.let_go()
+        self._account = account
 
     def allow_payload(self, max_payload_bytes: int) -> None:
         """From the next message on, let in so much; what was let in before is complete."""
@@ -74,17 +80,17 @@ class Link:
         if self._is_broken:
             raise StreamLostError("the peer does not read its answers")
         message = self._assembler.feed(frame)
-        self._rates.message(self.peer_id, _now_s())
+        self._rates.message(self._account, _now_s())
         return await self._rest(frame) if message is None else message
 
     async def _receive_frame(self) -> bytes:
         frame = await self._stream.receive()
-        self._rates.frame(self.peer_id, len(frame), _now_s())
+        self._rates.frame(self._account, len(frame), _now_s())
         return frame
 
     async def _until_within_rates(self) -> float:
         """Wait if the peer is over its rates, on whatever stream it sent too much; return for how long."""
-        wait_s = self._rates.wait_s(self.peer_id, _now_s())
+        wait_s = self._rates.wait_s(self._account, _now_s())
         if wait_s:
             await asyncio.sleep(wait_s)
         return wait_s
@@ -94,7 +100,7 @@ class Link:
         frame_s, began_s = self._limits.frame_s, _now_s()
         message: Message | None = None
         for _ in range(_MAX_FRAMES):
-            self._admission.hold(self.peer_id, len(frame))
+            self._admission.hold(self._account, len(frame))
             self._held_bytes += len(frame)
             began_s += await self._until_within_rates()
             # Every frame may take its time, but not so that many small ones are slower than full ones.
@@ -112,7 +118,7 @@ class Link:
     def let_go(self) -> None:
         """Count no memory as held any more."""
         if self._held_bytes:
-            self._admission.unhold(self.peer_id, self._held_bytes)
+            self._admission.unhold(self._account, self._held_bytes)
             self._held_bytes = 0
 
     def post(self, message: Message) -> None:
@@ -184,7 +190,9 @@ class Link:
 
 
 def _payload_bytes(message: Message) -> int:
-    return memoryview(message.hidden_states.data).nbytes if isinstance(message, StepReply | ForwardReply) else 0
+    return (
+        memoryview(message.hidden_states.data).nbytes if isinstance(message, StepReply | ForwardReply | TapeSent) else 0
+    )
 
 
 def _now_s() -> float:

@@ -23,7 +23,7 @@ from server_node.speed import RoutingFacts, SpeedMeter
 from swarm_protocol.errors import ConfigError, InvalidRecordError, PeerUnreachableError, StreamLostError
 from swarm_protocol.identity import Identity, load_or_create_identity, verify
 from swarm_protocol.ids import PeerId, short_peer
-from swarm_protocol.messages import COMPUTE_PROTOCOL, PROTOCOL_VERSIONS, SESSION_PROTOCOL
+from swarm_protocol.messages import COMPUTE_PROTOCOL, PROTOCOL_VERSIONS, RING_PROTOCOL, SESSION_PROTOCOL
 from swarm_protocol.model.checkpoint import Progress
 from swarm_protocol.records import NodeRecord, directory_keys, unseal
 from swarm_protocol.spans import Span
@@ -110,7 +110,7 @@ class Node:
         limits: NodeLimits,
     ) -> None:
         self.admission = Admission(served, limits)
-        self.sessions = SessionTable(self.admission, limits.resume_grace_s)
+        self.sessions = SessionTable(self.admission, transport)
         self.speed = SpeedMeter()
         self._neighbours = NeighbourPings(transport, served)
         self._transport = transport
@@ -127,6 +127,7 @@ class Node:
         async with asyncio.TaskGroup() as group:
             handlers = NodeHandlers(self.admission, self.sessions, self._worker, group, self.speed)
             await self._transport.serve(SESSION_PROTOCOL, handlers.serve_session)
+            await self._transport.serve(RING_PROTOCOL, handlers.serve_ring)
             await self._transport.serve(COMPUTE_PROTOCOL, handlers.serve_compute)
             cache_tokens = self.admission.served.cache_tokens
             self._announcer.serving(cache_tokens, lambda: self.admission.tokens_for_new_sessions, self._routing_facts)

@@ -15,26 +15,50 @@ import asyncio
 import hmac
 import logging
 import secrets
+from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
 from server_node.admission import Admission, SessionPlan
 from server_node.compute.kv_cache import KVCache
+from server_node.downstream import Downstream
 from server_node.link import Link
 from swarm_protocol.errors import InvalidRequestError, SessionNotFoundError
 from swarm_protocol.ids import ID_BYTES, PeerId, short_id, short_peer
-from swarm_protocol.messages import ErrorReply, ResumeSession, SessionResumed, StepReply
+from swarm_protocol.messages import (
+    MAX_IN_FLIGHT,
+    ErrorReply,
+    JoinSession,
+    ResumeSession,
+    SessionResumed,
+    Step,
+    StepReply,
+    WireTensor,
+)
+from swarm_protocol.prompt_pages import PromptPages
 from swarm_protocol.session_state import Begun, SessionState, State
+from swarm_protocol.tape import Tape, TapeBudget
+from swarm_protocol.transport.base import Transport
 
 logger = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT = 1
-"""Steps of a session that are begun and not answered; more come with the ring."""
-
 
 class Session:
-    """One session at this node. `link` is the stream that it is on now, None while it is detached."""
+    """One session at this node. `link` is the stream that it is on now, None while it is detached.
 
-    def __init__(self, plan: SessionPlan, now_s: float) -> None:
+    `upstream_link` is the one on which another node brings its steps. Steps run in the order in which they came, each
+    in its `turn`, and are answered in that order, each while it holds `sending`.
+    """
+
+    def __init__(self, plan: SessionPlan, downstream: Downstream, tape: Tape | None, now_s: float) -> None:
         self.plan = plan
+        self.downstream = downstream
+        self.tape = tape
+        self.prompt: PromptPages | None = None
+        self.upstream = plan.upstream
+        self.upstream_link: Link | None = None
+        self.turn = asyncio.Lock()
+        self.sending = asyncio.Lock()
+        self._wanted_back: set[int] = set()
         self.state = SessionState(plan.max_tokens, MAX_IN_FLIGHT)
         self.resume_token = secrets.token_bytes(ID_BYTES)
         self._cache: KVCache | None = None
@@ -60,16 +84,57 @@ class Session:
             raise RuntimeError(f"no cache is allocated {self}")
         return self._cache
 
-    def keep(self, cache: KVCache) -> None:
-        """Take the cache that was allocated."""
+    def keep(self, cache: KVCache, prefix: Sequence[bytes]) -> int:
+        """Take the cache that was allocated; return from where on steps have to come, were its tape to begin there."""
         self._cache = cache
+        if self.tape is None:
+            return cache.position
+        owner = self.plan.peer_id.encode()
+        self.prompt = PromptPages(self.tape.budget.prefixes, [owner + page_hash for page_hash in prefix])
+        return self.prompt.begin(self.tape, cache.position)
+
+    def record(self, step: Step, output: WireTensor) -> None:
+        """Keep what a step put out, if that may be asked for again."""
+        if self.tape is None:
+            return
+        if step.row_order is not None:
+            self.tape.reorder(step.row_order)
+        self.tape.write(step.position, WireTensor(output.dtype, output.shape, bytes(output.data)))
+        if self.prompt is not None:
+            self.prompt.keep(self.tape, step.position)
+
+    def takes_from(self, upstream: str) -> None:
+        """From now on, let only this peer bring steps, besides the one whose session it is."""
+        self.upstream = PeerId(upstream)
+        if self.upstream_link is not None and self.upstream_link.peer_id != upstream:
+            self.leave_upstream()
+
+    def joined(self, link: Link) -> None:
+        """The node before brings its steps on `link` from now on."""
+        self.leave_upstream()
+        self.upstream_link = link
+
+    def leave_upstream(self) -> None:
+        """End the stream on which another node brings steps."""
+        if self.upstream_link is not None:
+            self.upstream_link.finish()
+            self.upstream_link = None
+
+    def want_back(self, step_id: int) -> None:
+        """The output of a step that still runs is to go to the client, wherever it was to go before."""
+        self._wanted_back.add(step_id)
+
+    def is_wanted_back(self, step_id: int) -> bool:
+        """Whether `want_back` was said of the step."""
+        return step_id in self._wanted_back
 
     def reply_of(self, step_id: int) -> StepReply | ErrorReply:
         """Return the kept reply of a step that `state` says is finished and not yet acknowledged."""
         return self._replies[step_id]
 
-    def answer(self, step_id: int, reply: StepReply | ErrorReply) -> None:
-        """The oldest begun step ended: keep its reply for a resume, and send it if there is a stream."""
+    def answer(self, step_id: int, reply: StepReply | ErrorReply, sent: StepReply | None = None) -> None:
+        """The oldest begun step ended: keep its reply for a resume, and send it, or `sent`, if there is a stream."""
+        self._wanted_back.discard(step_id)
         if isinstance(reply, StepReply):
             self.state.finish_step(step_id)
         else:
@@ -77,7 +142,7 @@ class Session:
         self._replies[step_id] = reply
         self._replies.pop(step_id - MAX_IN_FLIGHT, None)
         if self.link is not None:
-            self.link.post(reply)
+            self.link.post(sent or reply)
 
     def begin_step(self, step_id: int, position: int, num_tokens: int, now_s: float) -> Begun:
         """As `SessionState.begin_step`; a step is also a sign of life."""
@@ -85,19 +150,29 @@ class Session:
         self.active_s = now_s
         return begun
 
+    def leave_ring(self) -> None:
+        """End the streams from and to other nodes."""
+        self.downstream.close()
+        self.leave_upstream()
+
     def forget(self) -> None:
-        """Drop the cache and the replies."""
+        """Drop the cache, the tape and the replies."""
         self._cache = None
         self._replies.clear()
+        if self.tape is not None:
+            self.tape.drop()
 
 
 class SessionTable:
     """Every session of the node, by peer and id: the ids of one peer say nothing about another's."""
 
-    def __init__(self, admission: Admission, resume_grace_s: float) -> None:
+    def __init__(self, admission: Admission, transport: Transport) -> None:
         self._admission = admission
-        self._resume_grace_s = resume_grace_s
+        self._transport = transport
+        self._limits = admission.limits
         self._sessions: dict[tuple[PeerId, bytes], Session] = {}
+        self.tapes = TapeBudget(self._limits.tape_bytes)
+        self._tapes_of: WeakValueDictionary[PeerId, TapeBudget] = WeakValueDictionary()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -113,19 +188,34 @@ class SessionTable:
         if key in self._sessions:
             self._admission.release(plan)
             raise InvalidRequestError("a session with this id is open: resume it, or choose another id")
-        session = self._sessions[key] = Session(plan, _now_s())
+        tape = None
+        if plan.keeps_tape:
+            share = TapeBudget(self._limits.tape_bytes // 2, self.tapes)
+            tape = Tape(self._tapes_of.setdefault(plan.peer_id, share))
+        downstream = Downstream(self._transport, plan.peer_id, self._limits)
+        session = self._sessions[key] = Session(plan, downstream, tape, _now_s())
         return session
 
-    def opened(self, session: Session, cache: KVCache, link: Link) -> None:
-        """The cache is allocated, with what is known of the prefix; the session lives on `link` from now on."""
-        session.keep(cache)
+    def joined(self, request: JoinSession, link: Link) -> Session:
+        """Return the session that the peer of `link` brings steps for. Raises SessionNotFoundError if it may not."""
+        session = self._sessions.get((PeerId(request.client), request.session_id))
+        if (
+            session is None
+            or session.upstream != link.peer_id
+            or session.state.state not in (State.OPEN, State.DETACHED)
+        ):
+            raise SessionNotFoundError("no session with this id takes steps from this peer")
+        session.joined(link)
+        return session
+
+    def opened(self, session: Session, cache: KVCache, prefix: Sequence[bytes], link: Link) -> None:
+        """The cache is allocated, with what is known of `prefix`; the session lives on `link` from now on."""
+        cached = session.keep(cache, prefix)
         session.link = link
-        session.state.opened(cache.position)
+        session.state.opened(cached)
         session.active_s = _now_s()
         plan = session.plan
-        logger.info(
-            "session opened for %d×%d tokens, %d cached %s", plan.batch_size, plan.max_tokens, cache.position, session
-        )
+        logger.info("session opened for %d×%d tokens, %d cached %s", plan.batch_size, plan.max_tokens, cached, session)
 
     def extend(self, session: Session, max_tokens: int) -> None:
         """Reserve `max_tokens` tokens per row for a session. Raises CacheFullError, and then nothing has changed."""
@@ -162,14 +252,15 @@ class SessionTable:
         session.link = None
         session.state.dropped()
         loop = asyncio.get_running_loop()
-        session.expiry = loop.call_later(self._resume_grace_s, self._expire, session)
-        logger.info("stream dropped, session kept for %g s %s", self._resume_grace_s, session)
+        session.expiry = loop.call_later(self._limits.resume_grace_s, self._expire, session)
+        logger.info("stream dropped, session kept for %g s %s", self._limits.resume_grace_s, session)
 
     def close(self, session: Session) -> None:
         """End the session; its cache is free when the step that may run has ended. Idempotent."""
         if session.is_closed:
             return
         session.state.closed()
+        session.leave_ring()
         self._stop_expiry(session)
         session.link = None
         logger.info("session closed after %d steps %s", session.state.last_finished, session)

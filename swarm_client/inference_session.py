@@ -288,7 +288,9 @@ class InferenceSession:
         """Run rows that are all in one group, without padding."""
         columns, start = hidden_states.shape[1], group.position(self._position)
         results = self._run(
-            lambda: group.session.run(lambda first, end: to_wire(hidden_states[:, first:end]), columns, start)
+            lambda: group.session.run(
+                lambda first, end: to_wire(hidden_states[:, first:end]), columns, start, every_span=with_span_outputs
+            )
         )
         outputs = []
         for result in results:
@@ -308,7 +310,15 @@ class InferenceSession:
                 continue  # nothing but padding
             rows = chunk if len(self._groups) == 1 else chunk[group.rows]
             busy.append(group)
-            steps.append(partial(group.session.step, to_wire(rows[:, first:]), group.position(start), order))
+            steps.append(
+                partial(
+                    group.session.step,
+                    to_wire(rows[:, first:]),
+                    group.position(start),
+                    order,
+                    every_span=with_span_outputs,
+                )
+            )
         try:
             results = self._run(lambda: all_of(steps))
         except BaseException:

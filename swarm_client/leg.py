@@ -1,19 +1,22 @@
-"""One hop of an open session: the stream to its node, the tape of what went in, and how to take a step there."""
+"""One hop of an open session, and the steps that are on their way through all of them."""
 
-import asyncio
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from swarm_client.routing.find_route import Hop
+from swarm_client.sent import Sent
 from swarm_client.span_stream import SpanStream
-from swarm_client.tape import Tape
 from swarm_protocol.errors import SwarmError
-from swarm_protocol.messages import WireTensor
-from swarm_protocol.tensors import check_finite, from_wire
+from swarm_protocol.ids import PeerId
+from swarm_protocol.messages import MAX_ONWARD, WireTensor
 
 
 @dataclass(frozen=True, slots=True)
 class HopTiming:
-    """Where one step's time went at one hop, in seconds; what is left of `total_s` is the wire."""
+    """Where one step's time went at one hop, in seconds; what is left of `total_s` is the wire.
+
+    On a ring `total_s` begins when the hop before had told the client that it was done.
+    """
 
     hop: Hop
     total_s: float
@@ -23,19 +26,25 @@ class HopTiming:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The hidden states (batch, seq, hidden) after every span of the route, and the time at each hop."""
+    """The hidden states (batch, seq, hidden) after the last span, and the time at each hop.
+
+    `outputs` are the states after every span of the route if that was asked for, else those after the last one.
+    """
 
     outputs: tuple[WireTensor, ...]
     timings: tuple[HopTiming, ...]
 
 
 class Leg:
-    """A hop and its tape. `failure` says why the node cannot go on; the leg waits to be replaced then."""
+    """A hop: the stream to its node, and the peer from whom that node takes steps besides this client.
 
-    def __init__(self, stream: SpanStream, tape: Tape, step_number: int = 0) -> None:
-        """`step_number` is that of the session's step whose row order the tape has seen already."""
+    `failure` says why the node cannot go on; the leg waits to be replaced then.
+    """
+
+    def __init__(self, stream: SpanStream, upstream: PeerId | None, step_number: int = 0) -> None:
+        """`step_number` is that of the session's step whose row order its cache has seen already."""
         self.stream = stream
-        self.tape = tape
+        self.upstream = upstream
         self.failure: SwarmError | None = None
         self._step_number = step_number
 
@@ -44,34 +53,42 @@ class Leg:
         """The node and its blocks."""
         return self.stream.hop
 
-    def begin(
-        self, step_number: int, states: WireTensor, position: int, row_order: tuple[int, ...] | None
-    ) -> tuple[int, ...] | None:
-        """Bring the tape to what the node is about to be given; return the row order that the node has to follow."""
+    @property
+    def peer_id(self) -> PeerId:
+        """The node."""
+        return self.stream.hop.peer_id
+
+    def order_for(self, step_number: int, row_order: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Return the row order that the node has to follow in this step: none if it has done so."""
         is_first = self._step_number != step_number
-        if is_first:
-            self._step_number = step_number
-            if row_order is not None:
-                self.tape.reorder(row_order)
-        self.tape.write(position, states)
+        self._step_number = step_number
         return row_order if is_first else None
 
-    async def step(
-        self, states: WireTensor, position: int, row_order: tuple[int, ...] | None, *, is_last: bool
-    ) -> tuple[WireTensor, HopTiming]:
-        """Return the node's output, which is checked at the last hop: of the others' the next node sees it.
 
-        Raises SwarmError.
-        """
-        if self.failure is not None:
-            raise self.failure.with_traceback(None)
-        clock = asyncio.get_running_loop().time
-        started_s = clock()
-        reply = await self.stream.step(states, position, row_order)
-        timing = HopTiming(self.hop, clock() - started_s, reply.queue_s, reply.compute_s)
-        if is_last:
-            check_finite(from_wire(reply.hidden_states))
-        return reply.hidden_states, timing
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A step of the session on its way: what went into the first hop, and what each leg was told of it."""
+
+    number: int
+    states: WireTensor
+    position: int
+    row_order: tuple[int, ...] | None
+    sent: dict[Leg, Sent] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows times columns."""
+        return self.states.shape[0] * self.states.shape[1]
+
+
+def direct_segments(is_direct: Sequence[bool]) -> list[range]:
+    """Pure: return the legs in segments within which a step goes on by itself; `is_direct[i]`: from leg i to i + 1."""
+    segments, start = [], 0
+    for index, direct in enumerate((*is_direct, False)):
+        if not direct or index - start == MAX_ONWARD:
+            segments.append(range(start, index + 1))
+            start = index + 1
+    return segments
 
 
 def own_copy(states: WireTensor) -> WireTensor:

@@ -6,10 +6,10 @@ a trip: how large they are to be follows from what the first one took.
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
-from swarm_client.leg import HopTiming, Leg, StepResult, own_copy
-from swarm_protocol.messages import WireTensor
+from swarm_client.leg import Flight, HopTiming, StepResult
+from swarm_protocol.messages import MAX_IN_FLIGHT
 
 FIRST_TOKENS = 128
 LEAST_TOKENS = 64
@@ -28,40 +28,45 @@ def piece_tokens(num_left: int, num_hops: int, trip_s: float, token_s: float, mo
     return min(most, max(LEAST_TOKENS, round(best)))
 
 
-async def run_pieces(
-    legs: Sequence[Leg],
-    step_number: int,
-    cut: Callable[[int, int], WireTensor],
+class Turns:
+    """Keeps pieces in their order at each of `num_hops` hops, and says when one is through the first."""
+
+    def __init__(self, num_hops: int) -> None:
+        self.locks: Sequence[asyncio.Lock] = [asyncio.Lock() for _ in range(num_hops)]
+        self.first_done: asyncio.Queue[HopTiming] = asyncio.Queue()
+
+    def done(self, index: int, timing: HopTiming) -> None:
+        """A piece is through the hop `index`."""
+        if index == 0:
+            self.first_done.put_nowait(timing)
+
+
+async def fly_pieces(
+    take_off: Callable[[int, int], Flight],
+    fly: Callable[[Flight, Turns], Awaitable[StepResult]],
+    landed: Callable[[Flight, StepResult], None],
     num_tokens: int,
-    position: int,
+    num_hops: int,
     most: int,
-) -> list[StepResult]:
-    """Run `num_tokens` tokens from `position` on through `legs`; `cut(start, end)` gives their states.
+) -> None:
+    """Let `num_tokens` tokens go round in pieces, of `most` tokens each at most; `landed` hears of each, in order.
 
-    Raises an ExceptionGroup of the SwarmErrors that came up; the pieces may be anywhere then.
+    Raises an ExceptionGroup of the SwarmErrors that came up; the pieces that have not landed may be anywhere then.
     """
-    turns = [asyncio.Lock() for _ in legs]  # the pieces come to each leg in their order, and wait in it
+    turns = Turns(num_hops)
+    room = asyncio.Semaphore(MAX_IN_FLIGHT)
 
-    async def follow(states: WireTensor, timing: HopTiming, start: int) -> StepResult:
-        outputs, timings = [states], [timing]
-        for leg, turn in zip(legs[1:], turns[1:], strict=True):
-            async with turn:
-                leg.begin(step_number, states, start, None)
-                states, timing = await leg.step(states, start, None, is_last=leg is legs[-1])
-            outputs.append(states)
-            timings.append(timing)
-        return StepResult(tuple(outputs), tuple(timings))
+    async def follow(flight: Flight) -> None:
+        landed(flight, await fly(flight, turns))
+        room.release()
 
     done, width = 0, min(FIRST_TOKENS, most)
-    following: list[asyncio.Task[StepResult]] = []
     async with asyncio.TaskGroup() as group:
         while done < num_tokens:
+            await room.acquire()
             end = min(num_tokens, done + width)
-            entering = own_copy(cut(done, end))
-            legs[0].begin(step_number, entering, position + done, None)
-            states, timing = await legs[0].step(entering, position + done, None, is_last=len(legs) == 1)
-            following.append(group.create_task(follow(states, timing, position + done)))
+            group.create_task(follow(take_off(done, end)))
+            timing = await turns.first_done.get()
             trip_s = max(0.0, timing.total_s - timing.compute_s - timing.queue_s)
-            width = piece_tokens(num_tokens - end, len(legs), trip_s, timing.compute_s / (end - done), most)
+            width = piece_tokens(num_tokens - end, num_hops, trip_s, timing.compute_s / (end - done), most)
             done = end
-    return [task.result() for task in following]

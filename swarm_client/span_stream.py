@@ -1,17 +1,26 @@
-"""One hop of a session: the client's end of the stream to one node. Belongs to the event loop."""
+"""One hop of a session: the client's end of the stream to one node. Belongs to the event loop.
+
+A step is *planned*, which gives it its number at the node; it *begins* when the node has it or is about to get it, from
+this client or from the node before; and it ends with a reply, which is kept with it. A number that was told to anybody
+stands for that step only: a step whose way is uncertain is completed under its number, by whoever has its input.
+"""
 
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from swarm_client.message_stream import MessageStream
 from swarm_client.routing.find_route import Hop, ModelKey
+from swarm_client.sent import NotBroughtError, Sent
 from swarm_protocol.errors import (
     CacheFullError,
     InvalidTensorError,
     PeerUnreachableError,
     ProtocolError,
+    StepOrderError,
     StepTimeoutError,
     StreamLostError,
     SwarmError,
@@ -19,27 +28,31 @@ from swarm_protocol.errors import (
     UnsupportedVersionError,
     error_from_wire,
 )
-from swarm_protocol.ids import short_id, short_peer
+from swarm_protocol.ids import PeerId, short_id, short_peer
 from swarm_protocol.messages import (
+    MAX_IN_FLIGHT,
     PAGE_TOKENS,
     PROTOCOL_VERSIONS,
     SESSION_PROTOCOL,
     CloseSession,
     ErrorReply,
     Message,
+    Onward,
     OpenSession,
     Ping,
     Pong,
     ResumeSession,
+    SendTape,
+    SessionClosed,
     SessionOpened,
     SessionResumed,
     Step,
     StepReply,
+    TapeSent,
     WireTensor,
 )
 from swarm_protocol.session_state import SessionState, State
-from swarm_protocol.transport.base import FrameStream, Transport
-from swarm_protocol.wire import MessageAssembler, encode
+from swarm_protocol.transport.base import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +68,9 @@ NOTICE_S = 1.0
 WATCHED_BYTES = 64 * 1024
 """What is sent of a larger step may fill every buffer on the way to a node that is frozen."""
 
+_REQUESTS = 1 << 60
+"""Where the numbers of what is asked besides steps begin."""
+
 SLOWEST_BYTES_PER_S = 256 * 1024
 """What a link is given for a step's values, both ways, before a node is asked whether it is alive: 2 Mbit/s."""
 
@@ -69,42 +85,14 @@ class HopLimits:
     reserve_tokens: int
 
 
-def _num_bytes(step: Step) -> int:
-    return memoryview(step.hidden_states.data).nbytes
-
-
 def tokens_to_reserve(num_tokens: int, ahead: int, max_length: int) -> int:
     """Return the reservation for a session of `num_tokens` tokens that may grow to `max_length`: whole pages."""
     wanted = num_tokens + max(ahead, num_tokens // 4)
     return min(max_length, -(-wanted // PAGE_TOKENS) * PAGE_TOKENS)
 
 
-class MessageStream:
-    """Messages over a frame stream."""
-
-    def __init__(self, frames: FrameStream) -> None:
-        self._frames = frames
-        self._assembler = MessageAssembler()
-
-    async def send(self, message: Message) -> None:
-        """Send `message`. A cancelled send leaves the stream unusable. Raises StreamLostError."""
-        for parts in encode(message):
-            await self._frames.send(parts)
-
-    async def receive(self) -> Message:
-        """Return the next message. Raises StreamLostError or ProtocolError."""
-        while True:
-            message = self._assembler.feed(await self._frames.receive())
-            if message is not None:
-                return message
-
-    async def close(self) -> None:
-        """End the stream. Idempotent."""
-        await self._frames.close()
-
-
 class SpanStream:
-    """A session's stream to the node that runs `hop.span`; taken up again when it drops.
+    """A session's stream to the node that runs `hop.span`; taken up again when it drops. One task may wait on it.
 
     `is_replaceable` says whether other nodes could do the work now. If so, a node that is gone or gives no sign of life
     is given up soon; else it is waited for, up to the deadlines of `limits`.
@@ -125,16 +113,29 @@ class SpanStream:
         self._transport = transport
         self._limits = limits
         self._session_id = session_id
-        self._state = SessionState(max_length)
+        self._state = SessionState(max_length, MAX_IN_FLIGHT)
         self._stream: MessageStream | None = None
         self._resume_token = b""
-        self._unanswered: Step | None = None
+        self._planned: deque[Sent] = deque()
+        self._open: deque[Sent] = deque()
+        self._asked: Sent | None = None
+        self._num_requests = 0
         self._reserved_tokens = 0
 
-    async def open(self, model: ModelKey, batch_size: int, reserve_tokens: int, prefix: tuple[bytes, ...] = ()) -> int:
+    async def open(
+        self,
+        model: ModelKey,
+        batch_size: int,
+        reserve_tokens: int,
+        prefix: tuple[bytes, ...] = (),
+        *,
+        upstream: PeerId | None = None,
+        downstream: PeerId | None = None,
+    ) -> int:
         """Reserve the session at the node; return how many tokens of `prefix`, hashes of pages, are cached there.
 
-        Raises SwarmError: what the node answered, or why it cannot be reached.
+        `upstream` and `downstream` are the nodes before and behind on the ring. Raises SwarmError: what the node
+        answered, or why it cannot be reached.
         """
         request = OpenSession(
             self._session_id,
@@ -145,7 +146,9 @@ class SpanStream:
             self.hop.span.end,
             batch_size,
             reserve_tokens,
-            prefix=prefix,
+            upstream,
+            downstream,
+            prefix,
         )
         async with self._deadline(self._limits.open_s, "opening a session"):
             reply = await self._ask(request)
@@ -160,39 +163,132 @@ class SpanStream:
         self._state.opened(reply.cached_tokens)
         return reply.cached_tokens
 
-    async def step(
-        self, hidden_states: WireTensor, position: int, row_order: tuple[int, ...] | None = None
-    ) -> StepReply:
-        """Return the node's reply to one step.
+    # the life of a step
 
-        A dropped stream is resumed on the way. After a cancelled step the next one first waits for the old reply.
-        Where the reservation is too small, the step extends it. Raises SwarmError; a retryable one leaves the session
-        usable only if this hop is replaced.
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is planned or unanswered."""
+        return not self._planned and not self._open
+
+    def plan(self, shape: tuple[int, ...], dtype: str, position: int, row_order: tuple[int, ...] | None = None) -> Sent:
+        """Give the next number to a step of (batch, seq, hidden) values; it extends the reservation if need be."""
+        needed, max_tokens = position + shape[1], None
+        if needed > self._reserved_tokens:
+            wished = tokens_to_reserve(needed, self._limits.reserve_tokens, self._state.max_length)
+            max_tokens = max(needed, wished)
+        step_id = self._state.last_begun + len(self._planned) + 1
+        self._planned.append(sent := Sent(step_id, position, shape, dtype, row_order, max_tokens))
+        return sent
+
+    def forget(self, sent: Sent) -> None:
+        """Take back the step that was planned last: nobody was told its number, or nobody will use it."""
+        if self._planned and self._planned[-1] is sent:
+            self._planned.pop()
+
+    def onward(self, sent: Sent) -> Onward:
+        """Return what the node before is told, to send a step on to here."""
+        sent.may_go_on = True
+        return Onward(self.hop.peer_id, self._session_id, sent.step_id, sent.max_tokens)
+
+    async def send(
+        self,
+        sent: Sent,
+        states: WireTensor,
+        onward: tuple[Onward, ...] = (),
+        *,
+        wants_output: bool = True,
+        upstream: PeerId | None = None,
+    ) -> None:
+        """Send a step, to the node and `onward`, or send it again, wherever it was before.
+
+        If it had arrived, its output comes back, whether it had gone on or not. Raises SwarmError.
         """
-        if self._unanswered is not None:
-            try:
-                await self._answer_to(self._unanswered, is_sent=True)
-            except SwarmError:
-                if self._unanswered is not None:
-                    raise
-        needed = position + hidden_states.shape[1]
-        if needed <= self._reserved_tokens:
-            return await self._run(hidden_states, position, row_order, None)
-        wished = tokens_to_reserve(needed, self._limits.reserve_tokens, self._state.max_length)
         try:
-            return await self._run(hidden_states, position, row_order, max(needed, wished))
-        except CacheFullError:
-            if wished <= needed:
-                raise
-        return await self._run(hidden_states, position, row_order, needed)
+            await self._begin(sent)
+        except BaseException:
+            self.forget(sent)
+            raise
+        is_there = sent.message is not None and sent.sent_on is not None and sent.sent_on is self._stream
+        if is_there and sent.message is not None and not sent.message.onward and sent.message.wants_output:
+            return  # its output is on its way
+        sent.may_go_on |= bool(onward) or not wants_output
+        message = sent.message = Step(
+            sent.step_id, sent.position, states, sent.row_order, sent.max_tokens, onward, wants_output, upstream
+        )
+        try:
+            await self._send(replace(message, hidden_states=_nothing(sent)) if is_there else message, sent)
+            sent.sent_on = self._stream
+        except StreamLostError as error:
+            logger.info("stream lost (%s) %s", error, self._where)
+            await self._drop()  # `reply` takes it up again
 
-    async def _run(
-        self, hidden_states: WireTensor, position: int, row_order: tuple[int, ...] | None, max_tokens: int | None
+    async def reply(self, sent: Sent, *, is_brought: bool = False) -> StepReply:
+        """Return the reply to a step, which other nodes bring if `is_brought`. A dropped stream is taken up again.
+
+        Raises SwarmError: the node's own, NotBroughtError if the step does not arrive there; a retryable one leaves
+        the session usable only if this hop is replaced.
+        """
+        await self._begin(sent)
+        async with self._deadline(self._limits.step_s, f"step {sent.step_id}"):
+            while not sent.is_answered:
+                try:
+                    self._take(await self._receive_watched(sent, is_brought=is_brought))
+                except StreamLostError as error:
+                    logger.info("stream lost (%s), resuming %s", error, self._where)
+                    await self._drop()
+                    await self._resume()
+                except ProtocolError:
+                    await self._drop()  # what came is no answer, and nothing behind it can be trusted
+                    raise
+        if sent.error is not None:
+            raise sent.error
+        assert sent.reply is not None
+        return sent.reply
+
+    async def output(self, sent: Sent) -> WireTensor:
+        """Return the output of the last step that was answered, from the node if it had gone on from there."""
+        assert sent.reply is not None
+        if sent.reply.hidden_states.shape == sent.shape:
+            return sent.reply.hidden_states
+        again = Sent(sent.step_id, sent.position, sent.shape, sent.dtype, None, None, has_begun=True)
+        return await self._answer_to(Step(sent.step_id, sent.position, _nothing(sent)), again)
+
+    async def step(
+        self,
+        hidden_states: WireTensor,
+        position: int,
+        row_order: tuple[int, ...] | None = None,
+        *,
+        upstream: PeerId | None = None,
     ) -> StepReply:
-        step = Step(self._state.last_begun + 1, position, hidden_states, row_order, max_tokens)
-        self._state.begin_step(step.step_id, position, hidden_states.shape[1])
-        self._unanswered = step
-        return await self._answer_to(step, is_sent=False)
+        """Return the node's reply to a step that comes and goes through the client. Raises as `reply` does.
+
+        Where the node has no room for the reservation that is wished for, what is needed is asked for.
+        """
+        sent = self.plan(hidden_states.shape, hidden_states.dtype, position, row_order)
+        try:
+            await self.send(sent, hidden_states, upstream=upstream)
+            return await self.reply(sent)
+        except CacheFullError:
+            needed = position + hidden_states.shape[1]
+            if sent.max_tokens is None or sent.max_tokens <= needed:
+                raise
+        sent = self.plan(hidden_states.shape, hidden_states.dtype, position, row_order)
+        sent.max_tokens = needed
+        await self.send(sent, hidden_states, upstream=upstream)
+        return await self.reply(sent)
+
+    async def send_tape(
+        self, start: int, end: int, shape: tuple[int, ...], dtype: str, onward: tuple[Onward, ...] = ()
+    ) -> WireTensor:
+        """Let the node send on again what it put out, of `shape`; return it if it did not go `onward`.
+
+        Raises TapeLostError if the node does not have it any more, and other SwarmErrors.
+        """
+        self._num_requests += 1
+        asked = Sent(_REQUESTS + self._num_requests, start, shape, dtype, None, None, has_begun=True)
+        asked.may_go_on = bool(onward)
+        return await self._answer_to(SendTape(asked.step_id, start, end, onward), asked)
 
     async def close(self) -> None:
         """Free the session at the node. Idempotent; a node that cannot be reached frees it after its grace period."""
@@ -205,37 +301,61 @@ class SpanStream:
             if was_open:
                 async with asyncio.timeout(self._limits.open_s):
                     await stream.send(CloseSession())
-                    await stream.receive()
+                    while not isinstance(await stream.receive(), SessionClosed):
+                        pass
         except (SwarmError, TimeoutError) as error:
             logger.debug("close was not confirmed: %s %s", error, self._where)
         finally:
             await stream.close()
 
-    async def _answer_to(self, step: Step, *, is_sent: bool) -> StepReply:
-        async with self._deadline(self._limits.step_s, f"step {step.step_id}"):
-            while True:
-                try:
-                    if not is_sent:
-                        await self._send(step)
-                    return await self._receive_reply(step)
-                except StreamLostError as error:
-                    logger.info("stream lost (%s), resuming %s", error, self._where)
-                    await self._drop()
-                    is_sent = await self._resume(step)
-                except ProtocolError:
-                    if self._unanswered is not None:  # what came is no answer, and nothing behind it can be trusted
+    async def _answer_to(self, message: Step | SendTape, asked: Sent) -> WireTensor:
+        self._asked = asked
+        is_sent = False
+        try:
+            async with self._deadline(self._limits.step_s, f"asking for step {asked.step_id} again"):
+                while not asked.is_answered:
+                    try:
+                        if not is_sent:
+                            await self._send(message, asked)
+                            is_sent = True
+                        self._take(await self._receive_watched(asked))
+                    except StreamLostError as error:
+                        logger.info("stream lost (%s), resuming %s", error, self._where)
                         await self._drop()
-                    raise
+                        await self._resume()
+                        is_sent = False
+                    except ProtocolError:
+                        await self._drop()
+                        raise
+        finally:
+            self._asked = None
+        if asked.error is not None:
+            raise asked.error
+        assert asked.reply is not None
+        return asked.reply.hidden_states
 
-    async def _send(self, step: Step) -> None:
+    async def _begin(self, sent: Sent) -> None:
+        if sent.has_begun:
+            return
+        if self._stream is None and self._state.state is State.DETACHED:
+            await self._resume()
+        if not self._planned or self._planned[0] is not sent:
+            raise StepOrderError(f"step {sent.step_id} is not the next one")
+        self._state.begin_step(sent.step_id, sent.position, sent.shape[1])
+        self._planned.popleft()
+        sent.has_begun = True
+        self._open.append(sent)
+
+    async def _send(self, message: Step | SendTape, sent: Sent) -> None:
         if self._stream is None:
             raise StreamLostError(f"no stream to {short_peer(self.hop.peer_id)}")
-        sending = asyncio.ensure_future(self._stream.send(step)) if _num_bytes(step) > WATCHED_BYTES else None
+        is_large = isinstance(message, Step) and memoryview(message.hidden_states.data).nbytes > WATCHED_BYTES
+        sending = asyncio.ensure_future(self._stream.send(message)) if is_large else None
         try:
             if sending is None:
-                await self._stream.send(step)
+                await self._stream.send(message)
                 return
-            while not (await asyncio.wait([sending], timeout=self._patience_s(step)))[0]:
+            while not (await asyncio.wait([sending], timeout=self._patience_s(sent)))[0]:
                 if await self._is_replaceable():
                     raise StepTimeoutError(f"{short_peer(self.hop.peer_id)} does not take what is sent to it")
             sending.result()
@@ -246,34 +366,58 @@ class SpanStream:
             await self._drop()
             raise
 
-    async def _receive_reply(self, step: Step) -> StepReply:
-        reply = await self._receive_watched(step)
-        match reply:
-            case StepReply(step_id=step.step_id):
-                found, wanted = reply.hidden_states, step.hidden_states
-                if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-                    raise InvalidTensorError(f"the node answered {found} to {wanted}")
-                self._state.finish_step(step.step_id)
-                self._unanswered = None
-                self._reserved_tokens = max(self._reserved_tokens, step.max_tokens or 0)
-                return reply
-            case ErrorReply(step_id=step.step_id):
-                self._state.fail_step(step.step_id)
-                self._unanswered = None
-                raise error_from_wire(reply.code, reply.message, reply.retryable)
+    def _take(self, message: Message) -> None:
+        """Put a reply to the step or question that it belongs to. Raises ProtocolError if it belongs to none."""
+        match message:
+            case StepReply() | TapeSent():
+                number = message.step_id if isinstance(message, StepReply) else message.request_id
+                times_s = (message.queue_s, message.compute_s) if isinstance(message, StepReply) else (0.0, 0.0)
+                sent = self._awaited(number)
+                if sent is None:
+                    return  # of a step that was completed in another way, too
+                found = message.hidden_states
+                is_there = found.shape == sent.shape
+                is_away = found.shape == (sent.shape[0], 0, *sent.shape[2:]) and sent.may_go_on
+                if found.dtype != sent.dtype or not (is_there or is_away):
+                    raise InvalidTensorError(f"the node answered {found} to {sent.dtype} of shape {sent.shape}")
+                if sent in self._open:
+                    self._state.finish_step(number)
+                    self._open.popleft()
+                    self._reserved_tokens = max(self._reserved_tokens, sent.max_tokens or 0)
+                sent.reply = StepReply(number, found, *times_s)
+            case ErrorReply(step_id=int(number)):
+                sent = self._awaited(number)
+                if sent is None:
+                    return
+                if sent in self._open:
+                    self._state.fail_step(number)
+                    self._open.popleft()
+                sent.error = error_from_wire(message.code, message.message, message.retryable)
             case ErrorReply():
-                raise error_from_wire(reply.code, reply.message, reply.retryable)
-        raise UnexpectedMessageError(f"{type(reply).__name__} came, the reply of step {step.step_id} was expected")
+                raise error_from_wire(message.code, message.message, message.retryable)
+            case _:
+                raise UnexpectedMessageError(f"{type(message).__name__} came, a reply was expected")
 
-    async def _receive_watched(self, step: Step) -> Message:
-        """Return the next message. While none comes, ask the node for a sign of life: a prefill may take its time.
+    def _awaited(self, number: int) -> Sent | None:
+        """Return what waits for the answer with this number; None if it was answered before."""
+        if self._asked is not None and self._asked.step_id == number:
+            return self._asked
+        if self._open and self._open[0].step_id == number:
+            return self._open[0]
+        if number <= self._state.last_finished or _REQUESTS < number <= _REQUESTS + self._num_requests:
+            return None
+        raise StepOrderError(f"an answer to {number} came, which is not awaited")
 
-        Raises StepTimeoutError if it gives none and could be replaced.
+    async def _receive_watched(self, sent: Sent, *, is_brought: bool = False) -> Message:
+        """Return the next message but a Pong. While none comes, ask the node for a sign of life: a prefill may take its
+        time.
+
+        Raises StepTimeoutError if it gives none and could be replaced, NotBroughtError if it is alive without the step.
         """
         if self._stream is None:
             raise StreamLostError(f"no stream to {short_peer(self.hop.peer_id)}")
         loop = asyncio.get_running_loop()
-        started_s, patience_s = loop.time(), self._patience_s(step)
+        started_s, patience_s = loop.time(), self._patience_s(sent)
         is_asked = False
         while True:
             try:
@@ -285,18 +429,20 @@ class SpanStream:
                         f"{short_peer(self.hop.peer_id)} gives no sign of life since {loop.time() - started_s:.1f} s"
                     ) from None
                 if not is_asked:
-                    await self._stream.send(Ping(step.step_id))
+                    await self._stream.send(Ping(sent.step_id))
                     is_asked = True
                 continue
             if not isinstance(message, Pong):
-                if step.hidden_states.shape[1] == 1:
+                if sent.shape[1] == 1:
                     self._usual_s += 0.2 * (loop.time() - started_s - self._usual_s)
                 return message
+            if is_brought and message.last_step_id < sent.step_id:
+                raise NotBroughtError(f"step {sent.step_id} does not arrive at {short_peer(self.hop.peer_id)}")
             is_asked = False
 
-    def _patience_s(self, step: Step) -> float:
+    def _patience_s(self, sent: Sent) -> float:
         """Return how long a node that is well may be silent, at most, before it is asked."""
-        return max(NOTICE_S, 4 * self._usual_s) / 2 + 2 * _num_bytes(step) / SLOWEST_BYTES_PER_S
+        return max(NOTICE_S, 4 * self._usual_s) / 2 + 2 * sent.num_bytes / SLOWEST_BYTES_PER_S
 
     async def _drop(self) -> None:
         if self._state.state is State.OPEN:
@@ -305,8 +451,8 @@ class SpanStream:
         if stream is not None:
             await stream.close()
 
-    async def _resume(self, step: Step) -> bool:
-        """Take the session up on a new stream; return whether the node has `step` already."""
+    async def _resume(self) -> None:
+        """Take the session up on a new stream, and send again what this client had sent and the node has not got."""
         last_error: SwarmError = StreamLostError(f"the stream to {short_peer(self.hop.peer_id)} was lost")
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + self._limits.resume_s
@@ -326,10 +472,15 @@ class SpanStream:
             try:
                 if not isinstance(reply, SessionResumed):
                     raise UnexpectedMessageError(f"{type(reply).__name__} came, SessionResumed was expected")
-                return step.step_id not in self._state.steps_to_resend(reply.last_step_id)
+                lacking = self._state.steps_to_resend(reply.last_step_id)
             except ProtocolError:
                 await self._drop()
                 raise
+            for sent in self._open:
+                if sent.step_id in lacking and sent.message is not None:
+                    await self._send(sent.message, sent)
+                sent.sent_on = self._stream
+            return
         raise StreamLostError(f"the stream to {short_peer(self.hop.peer_id)} was lost: {last_error}")
 
     async def _ask(self, request: OpenSession | ResumeSession) -> Message:
@@ -359,3 +510,7 @@ class SpanStream:
     @property
     def _where(self) -> str:
         return f"peer={short_peer(self.hop.peer_id)} session={short_id(self._session_id)} blocks={self.hop.span}"
+
+
+def _nothing(sent: Sent) -> WireTensor:
+    return WireTensor(sent.dtype, (sent.shape[0], 0, *sent.shape[2:]), b"")

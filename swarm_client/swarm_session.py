@@ -1,38 +1,46 @@
 """A session over a whole route: hops in a row, opened together. Belongs to the event loop.
 
-What goes into each hop is kept on a tape. When a node dies, freezes, leaves, runs full or answers wrongly, its blocks
-are given to other nodes, one or several, which are played the tape; all others keep their caches, and the step goes on.
+A step goes round: from the client to the first node, from node to node, and from the last one back; each tells the
+client when it is done. Whatever goes wrong on that way, the step is completed hop by hop through the client, under the
+numbers that it had. When a node dies, freezes, leaves, runs full or answers wrongly, its blocks are given to other
+nodes, one or several, which are played what went into it: the client has that for the first hop, the node before for
+each other one. All others keep their caches.
 """
 
 import asyncio
+import contextlib
+import itertools
 import logging
-import secrets
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 from swarm_client.config import ClientConfig
-from swarm_client.leg import HopTiming, Leg, StepResult, own_copy
-from swarm_client.pipeline import FIRST_TOKENS, LEAST_TOKENS, run_pieces
-from swarm_client.prefix_hashes import TokenPrefix, page_hashes
-from swarm_client.prompt_pages import PromptPages
+from swarm_client.leg import Flight, HopTiming, Leg, StepResult, direct_segments, own_copy
+from swarm_client.pipeline import FIRST_TOKENS, LEAST_TOKENS, Turns, fly_pieces
+from swarm_client.prefix_hashes import TokenPrefix
 from swarm_client.recovery import MAX_WRONG_ANSWERS, Fault, fault_of, has_forgotten, is_wrong_answer, stays_usable
-from swarm_client.routing.costs import RouteWish
-from swarm_client.routing.find_route import Hop, ModelKey, find_route
-from swarm_client.routing.swarm_view import SwarmView
+from swarm_client.replay import Replay, SourceLostError
+from swarm_client.routing.find_route import Hop, ModelKey
 from swarm_client.routing.watcher import SwarmWatcher
-from swarm_client.span_stream import HopLimits, SpanStream, tokens_to_reserve
-from swarm_client.tape import Tape, TapeBudget
+from swarm_client.sent import NotBroughtError
+from swarm_client.session_streams import SessionStreams, is_nodes_fault
+from swarm_client.span_stream import tokens_to_reserve
 from swarm_protocol.errors import (
     CacheFullError,
     InvalidTensorError,
     MissingBlocksError,
-    ProtocolError,
+    PeerUnreachableError,
     SessionClosedError,
+    SessionNotFoundError,
+    StepTimeoutError,
+    StreamLostError,
     SwarmError,
+    TapeLostError,
 )
-from swarm_protocol.ids import ID_BYTES, PeerId, short_id, short_peer
-from swarm_protocol.messages import WireTensor
-from swarm_protocol.records import NodeRecord
+from swarm_protocol.ids import PeerId, short_peer
+from swarm_protocol.messages import StepReply, WireTensor
+from swarm_protocol.prompt_pages import PromptPages
+from swarm_protocol.tape import Tape, TapeBudget
 from swarm_protocol.tensors import check_finite, from_wire
 from swarm_protocol.transport.base import Transport
 
@@ -62,18 +70,15 @@ class SwarmSession:
         self._transport = transport
         self._watcher = watcher
         self._config = config
-        self._model = model
         self._batch_size = batch_size
         self._max_length = max_length
-        self._prefix_key = prefix_key
-        self._tapes = tapes
-        self._limits = HopLimits(config.open_s, config.step_s, config.resume_s, config.reserve_tokens)
+        self._streams = SessionStreams(transport, watcher, config, model, batch_size, max_length, prefix_key)
         self._legs: list[Leg] = []
         self._num_steps = 0
-        self._prompt = PromptPages(tapes, ())
-        self._failed_s: dict[PeerId, float] = {}
-        """When a node failed this session, on the swarm's clock: it is not asked again before it says that it lives."""
-        self._endings: set[asyncio.Task[None]] = set()
+        self._tape = Tape(tapes)
+        self._prompt = PromptPages(tapes.prefixes, ())
+        self._flights: deque[Flight] = deque()
+        self._has_lost_tape = False
 
     @property
     def route(self) -> Sequence[Hop]:
@@ -82,8 +87,8 @@ class SwarmSession:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every hop can be given to another node; not if the tapes did not fit into their budget."""
-        return all(leg.tape.is_whole for leg in self._legs)
+        """Whether every hop can be given to another node; not if a tape was found not to have fitted anywhere."""
+        return self._tape.is_whole and not self._has_lost_tape
 
     async def open(self, num_tokens: int, prefix: TokenPrefix | None = None) -> int:
         """Find a route and reserve the caches for `num_tokens` tokens and some more.
@@ -93,266 +98,373 @@ class SwarmSession:
         PeerUnreachableError and the like.
         """
         reserved = tokens_to_reserve(num_tokens, self._config.reserve_tokens, self._max_length)
-        pages = self._hashes((), prefix)
+        pages = self._streams.hashes((), prefix)
         for attempt in range(1, self._config.route_attempts + 1):
-            hops = await self._find_route(reserved, pages, is_retry=attempt > 1)
+            hops = await self._streams.find_route(reserved, pages, is_retry=attempt > 1)
             try:
-                streams, cached = await self._open_streams(hops, reserved, prefix)
+                legs, cached = await self._streams.open(hops, reserved, prefix)
             except SwarmError as error:
-                if not _is_nodes_fault(error) or attempt == self._config.route_attempts:
+                if not is_nodes_fault(error) or attempt == self._config.route_attempts:
                     raise
                 if isinstance(error, CacheFullError):
                     reserved = num_tokens  # what is needed now may still fit
                 logger.info("route failed, trying another (%s): %s", attempt, error)
                 continue
             self._watcher.holders.remember(pages, [hop.peer_id for hop in hops])
-            self._legs = [Leg(stream, Tape(self._tapes)) for stream in streams]
-            hashes = [self._hashes(hops[: number + 1], prefix) for number in range(len(hops))]
-            self._prompt = PromptPages(self._tapes, hashes)
-            return self._prompt.begin([leg.tape for leg in self._legs], cached)
+            self._legs = legs
+            self._prompt = PromptPages(self._tape.budget.prefixes, self._streams.hashes(hops[:1], prefix))
+            return self._prompt.begin(self._tape, cached)
         raise AssertionError("unreachable")
 
     async def step(
-        self, hidden_states: WireTensor, position: int, row_order: tuple[int, ...] | None = None
+        self,
+        hidden_states: WireTensor,
+        position: int,
+        row_order: tuple[int, ...] | None = None,
+        *,
+        every_span: bool = False,
     ) -> StepResult:
         """Run `hidden_states` (batch, seq, hidden) through all hops at `position`, as `messages.Step` says.
 
-        Cancelling loses nothing: the next step may go on at any position that was cached before. Blocks whose node
-        fails are given to others; where there are none, they are waited for, `ClientConfig.max_wait_s` long. Raises
-        SwarmError.
+        `every_span` asks for the states after each of them. Cancelling loses nothing: the next step may go on at any
+        position that was cached before. Blocks whose node fails are given to others; where there are none, they are
+        waited for, `ClientConfig.max_wait_s` long. Raises SwarmError.
         """
-        self._check_open()
-        self._num_steps += 1
-        states = [own_copy(hidden_states)]
-        timings: list[HopTiming] = []
-        num_wrong = 0
-        while (index := len(states) - 1) < len(self._legs):
-            leg = self._legs[index]
-            order = leg.begin(self._num_steps, states[index], position, row_order)
+        await self._settle()
+        flight = self._take_off(hidden_states, position, row_order)
+        if not every_span and len(self._legs) > 1 and hidden_states.shape[1] and not self._has_failed_leg:
             try:
-                reply, timing = await leg.step(states[index], position, order, is_last=leg is self._legs[-1])
+                return self._landed(flight, await self._fly(flight))
             except SwarmError as error:
                 self._check_open()
-                lost = self._lost_leg(error, index, states, order is not None)
-                num_wrong += is_wrong_answer(error)
-                if num_wrong == MAX_WRONG_ANSWERS:
-                    raise
-                await self._replace(lost, position, error)
-                del states[lost + 1 :], timings[lost:]
-            else:
-                self._check_open()
-                num_tokens = states[index].shape[0] * states[index].shape[1]
-                self._watcher.stepped(leg.hop, num_tokens, timing.total_s)
-                states.append(reply)
-                timings.append(timing)
-        self._prompt.keep([leg.tape for leg in self._legs], position)
-        return StepResult(tuple(states[1:]), tuple(timings))
+                logger.info("going on through the client: %s", error)
+        return self._landed(flight, await self._drive(flight))
 
-    async def run(self, cut: Callable[[int, int], WireTensor], num_tokens: int, position: int) -> list[StepResult]:
+    async def run(
+        self, cut: Callable[[int, int], WireTensor], num_tokens: int, position: int, *, every_span: bool = False
+    ) -> list[StepResult]:
         """Run `num_tokens` tokens at `position` in steps that are small enough, and several of them at once.
 
         `cut(start, end)` gives their states (batch, end - start, hidden). Cancelling and errors are as in `step`.
         """
-        self._check_open()
+        await self._settle()
         most = max(1, self._config.step_tokens // self._batch_size)
-        if len(self._legs) > 1 and num_tokens >= FIRST_TOKENS + LEAST_TOKENS:
-            self._num_steps += 1
+        results: list[StepResult] = []
+        if len(self._legs) > 1 and num_tokens >= FIRST_TOKENS + LEAST_TOKENS and not every_span:
             try:
-                results = await run_pieces(list(self._legs), self._num_steps, cut, num_tokens, position, most)
+                await fly_pieces(
+                    lambda start, end: self._take_off(cut(start, end), position + start),
+                    self._fly,
+                    lambda flight, result: results.append(self._landed(flight, result)),
+                    num_tokens,
+                    len(self._legs),
+                    most,
+                )
             except BaseExceptionGroup as problems:
                 if problems.split(SwarmError)[1] is not None:
                     raise
-                logger.info("beginning again, a piece at a time: %s", problems.exceptions[0])
-            else:
-                self._prompt.keep([leg.tape for leg in self._legs], position)
-                return results
-        pieces = [(start, min(num_tokens, start + most)) for start in range(0, num_tokens, most)]
-        return [await self.step(cut(start, end), position + start) for start, end in pieces]
+                self._check_open()
+                logger.info("going on through the client: %s", problems.exceptions[0])
+            while self._flights:
+                flight = self._flights[0]
+                results.append(self._landed(flight, await self._drive(flight)))
+        done = sum(result.outputs[-1].shape[1] for result in results)
+        while done < num_tokens or not results:
+            end = min(num_tokens, done + most)
+            results.append(await self.step(cut(done, end), position + done, every_span=every_span))
+            done = end
+        return results
 
     async def close(self) -> None:
         """Free the caches at every node. Idempotent."""
         legs, self._legs = self._legs, []
-        for leg in legs:
-            leg.tape.drop()
-        for ending in self._endings:
-            ending.cancel()
-        await asyncio.gather(*(leg.stream.close() for leg in legs), *self._endings, return_exceptions=True)
+        self._tape.drop()
+        self._flights.clear()
+        await asyncio.gather(*(leg.stream.close() for leg in legs), self._streams.close(), return_exceptions=True)
 
     def _check_open(self) -> None:
         if not self._legs:
             raise SessionClosedError("the session is closed; open a new one")
 
-    def _lost_leg(self, error: SwarmError, index: int, states: Sequence[WireTensor], has_reordered: bool) -> int:
+    # the life of a step
+
+    def _take_off(self, hidden_states: WireTensor, position: int, row_order: tuple[int, ...] | None = None) -> Flight:
+        self._check_open()
+        self._num_steps += 1
+        states = own_copy(hidden_states)
+        if row_order is not None:
+            self._tape.reorder(row_order)
+        self._tape.write(position, states)
+        flight = Flight(self._num_steps, states, position, row_order)
+        self._flights.append(flight)
+        return flight
+
+    def _landed(self, flight: Flight, result: StepResult) -> StepResult:
+        if self._flights[0] is not flight:
+            raise StreamLostError("a piece before this one did not come back")
+        self._flights.popleft()
+        self._prompt.keep(self._tape, flight.position)
+        return result
+
+    async def _settle(self) -> None:
+        """Complete the steps that were cancelled: nodes may have got them, or get them yet."""
+        self._check_open()
+        while self._flights:
+            flight = self._flights[0]
+            try:
+                self._landed(flight, await self._drive(flight))
+            except SwarmError as error:
+                if is_nodes_fault(error):
+                    raise
+                logger.info("a cancelled step could not be completed: %s", error)
+
+    def _give_up(self, flight: Flight) -> None:
+        """The step failed for good, and those behind it, too. A node that may have got one, or get it yet, is lost."""
+        while self._flights and self._flights[-1].number >= flight.number:
+            lost = self._flights.pop()
+            may_come = False
+            for leg in self._legs:
+                sent = lost.sent.get(leg)
+                if sent is not None and not sent.has_begun and not may_come:
+                    leg.stream.forget(sent)
+                elif sent is not None and not sent.is_answered and leg.failure is None:
+                    leg.failure = SessionNotFoundError("a step is on its way that is not wanted any more")
+                may_come = sent is None or (sent.error is None and (sent.has_begun or may_come))
+
+    @property
+    def _has_failed_leg(self) -> bool:
+        return any(leg.failure is not None for leg in self._legs)
+
+    async def _fly(self, flight: Flight, turns: Turns | None = None) -> StepResult:
+        """Let a step go round; `turns` keep several of them in their order.
+
+        Raises SwarmError if anything is not as it should be; the step is wherever it came to then.
+        """
+        legs = list(self._legs)
+        for leg in legs:
+            order = leg.order_for(flight.number, flight.row_order)
+            flight.sent[leg] = leg.stream.plan(flight.states.shape, flight.states.dtype, flight.position, order)
+        links = [self._is_direct(first, second) for first, second in itertools.pairwise(legs)]
+        states, timings = flight.states, list[HopTiming]()
+        clock = asyncio.get_running_loop().time
+        ended_s = clock()
+        for segment in direct_segments(links):
+            for index in segment:
+                async with contextlib.nullcontext() if turns is None else turns.locks[index]:
+                    if index == segment.start:
+                        await self._set_out(flight, [legs[other] for other in segment], states)
+                    reply = await self._come_by(flight, legs, index, is_brought=index != segment.start)
+                began_s, ended_s = ended_s, clock()
+                timings.append(_timing(legs[index], reply, ended_s - began_s))
+                if turns is not None:
+                    turns.done(index, timings[-1])
+                states = reply.hidden_states
+                if index != segment[-1] and states.shape == flight.states.shape:
+                    self._link_failed(legs[index], legs[index + 1])
+                    raise NotBroughtError(f"{short_peer(legs[index].peer_id)} does not reach the next node")
+        check_finite(from_wire(states))
+        for timing in timings:
+            self._watcher.stepped(timing.hop, flight.num_tokens, timing.total_s)
+        return StepResult((states,), tuple(timings))
+
+    async def _set_out(self, flight: Flight, legs: Sequence[Leg], states: WireTensor) -> None:
+        """Give a step to the first of `legs`, to go on through all of them."""
+        onward = tuple(leg.stream.onward(flight.sent[leg]) for leg in legs[1:])
+        first = legs[0]
+        with self._losing(first):
+            await first.stream.send(flight.sent[first], states, onward, upstream=self._upstream(first))
+
+    async def _come_by(self, flight: Flight, legs: Sequence[Leg], index: int, *, is_brought: bool) -> StepReply:
+        """Wait until a step is through one of the legs."""
+        leg = legs[index]
+        try:
+            with self._losing(leg):
+                reply = await leg.stream.reply(flight.sent[leg], is_brought=is_brought)
+        except NotBroughtError:
+            self._link_failed(legs[index - 1], leg)
+            raise
+        leg.upstream = self._upstream(leg)
+        return reply
+
+    @contextlib.contextmanager
+    def _losing(self, leg: Leg) -> Iterator[None]:
+        """Lose a leg whose node was waited for as long as it is worth."""
+        try:
+            yield
+        except NotBroughtError:
+            raise
+        except (PeerUnreachableError, StreamLostError, StepTimeoutError) as error:
+            self._lose(leg, error)
+            raise
+
+    def _upstream(self, leg: Leg) -> PeerId | None:
+        """Return the node before."""
+        index = self._legs.index(leg) if leg in self._legs else 0
+        return self._legs[index - 1].peer_id if index else None
+
+    def _is_direct(self, first: Leg, second: Leg) -> bool:
+        """Whether the first node may send on to the second, which knows of it, by itself."""
+        works = self._watcher.links.works(first.peer_id, second.peer_id, self._transport.now_s())
+        return works and second.upstream == first.peer_id
+
+    def _link_failed(self, first: Leg, second: Leg) -> None:
+        logger.info("%s does not reach %s", short_peer(first.peer_id), short_peer(second.peer_id))
+        self._watcher.links.failed(first.peer_id, second.peer_id, self._transport.now_s())
+
+    async def _drive(self, flight: Flight) -> StepResult:
+        """Bring a step through all hops one by one, wherever it had come to, and replace the nodes that fail."""
+        states, timings = [flight.states], list[HopTiming]()
+        num_wrong = 0
+        try:
+            while (index := len(states) - 1) < len(self._legs):
+                leg = self._legs[index]
+                try:
+                    reply, timing = await self._visit(flight, index, states[index])
+                except SwarmError as error:
+                    self._check_open()
+                    num_wrong += is_wrong_answer(error)
+                    if num_wrong == MAX_WRONG_ANSWERS:
+                        raise
+                    lost = self._lost_leg(error, index, states[index], flight)
+                    lost = await self._replace(lost, flight, error)
+                    del states[lost + 1 :], timings[lost:]
+                else:
+                    self._check_open()
+                    self._watcher.stepped(leg.hop, flight.num_tokens, timing.total_s)
+                    states.append(reply)
+                    timings.append(timing)
+        except SwarmError:
+            self._give_up(flight)
+            raise
+        return StepResult(tuple(states[1:]), tuple(timings))
+
+    async def _visit(self, flight: Flight, index: int, states: WireTensor) -> tuple[WireTensor, HopTiming]:
+        """Return what one node makes of a step. The last one's output is checked: others' the next node sees."""
+        leg = self._legs[index]
+        if leg.failure is not None:
+            raise leg.failure.with_traceback(None)
+        clock = asyncio.get_running_loop().time
+        started_s = clock()
+        sent, upstream = flight.sent.get(leg), self._upstream(leg)
+        if sent is not None and not sent.is_answered:
+            try:
+                await leg.stream.send(sent, states, upstream=upstream)
+                await leg.stream.reply(sent)
+            except CacheFullError:
+                if sent.max_tokens is None or sent.max_tokens <= flight.position + states.shape[1]:
+                    raise
+        if sent is not None and sent.reply is not None:
+            reply, output = sent.reply, await leg.stream.output(sent)
+        elif sent is not None and sent.error is not None and (sent.row_order or not leg.stream.is_settled):
+            raise sent.error
+        else:
+            order = leg.order_for(flight.number, flight.row_order)
+            reply = await leg.stream.step(states, flight.position, order, upstream=upstream)
+            output = reply.hidden_states
+        leg.upstream = upstream
+        if leg is self._legs[-1]:
+            check_finite(from_wire(output))
+        return output, _timing(leg, reply, clock() - started_s)
+
+    def _lost_leg(self, error: SwarmError, index: int, states: WireTensor, flight: Flight) -> int:
         """Return the index of the leg that is to be replaced. Raises `error` if that would not help."""
-        fault = fault_of(error, is_first_hop=index == 0, is_input_finite=_is_finite(states[index]))
+        fault = fault_of(error, is_first_hop=index == 0, is_input_finite=_is_finite(states))
         if fault is Fault.CALLER:
             raise error
-        if fault is Fault.NODE:
-            return index
-        if has_reordered:  # whether the node had permuted its rows when it refused the step is not known
-            self._lose(self._legs[index], error)
-        return index - 1
+        if flight.row_order is not None:  # whether the node had permuted its rows when it refused is not known
+            self._lose(self._legs[index], error, is_blamed=fault is Fault.NODE)
+        return index if fault is Fault.NODE else index - 1
 
     # recovery
 
-    async def _replace(self, index: int, position: int, error: SwarmError) -> None:
-        """Give the blocks of leg `index` to other nodes, which compute again what is on its tape below `position`.
+    async def _replace(self, index: int, flight: Flight, error: SwarmError) -> int:
+        """Give the blocks of leg `index` to other nodes, which compute again what had come before `flight`.
 
-        Raises `error`, or why no other node could do it.
+        Returns where the step has to go on: there, or at the leg before if that fails, too. Raises `error`, or why no
+        other node could do it.
         """
         leg = self._legs[index]
         if not stays_usable(error):
             self._lose(leg, error)
-        if not leg.tape.is_whole:
+        if not self.is_whole:
             raise error
+        if leg.failure is not None and has_forgotten(leg.failure):
+            await leg.stream.close()  # its node is well, and may need the room for what comes
         logger.info("looking for other nodes for %s: %s", leg.hop.span, error)
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + self._config.max_wait_s
         while True:
             try:
-                found = await self._other_legs(leg, position)
+                found = await self._other_legs(index, flight)
                 break
+            except SourceLostError as problem:
+                if isinstance(problem.error, TapeLostError):
+                    self._has_lost_tape = True
+                    raise error from problem
+                self._check_open()
+                return await self._replace(index - 1, flight, problem.error)
             except SwarmError as problem:
                 is_waited_for = leg.failure is not None and not is_wrong_answer(error)
                 if isinstance(problem, MissingBlocksError) and not is_waited_for:
                     raise error from problem
-                if loop.time() + LOOK_AGAIN_S > give_up_s or not _is_nodes_fault(problem):
+                if loop.time() + LOOK_AGAIN_S > give_up_s or not is_nodes_fault(problem):
                     raise
                 logger.info("still looking: %s", problem)
+                if isinstance(problem, NotBroughtError):
+                    continue  # the way between two nodes, which is not taken again
             await asyncio.sleep(LOOK_AGAIN_S)
             self._check_open()
         if not self._legs:  # closed meanwhile
             for new in found:
-                self._end(new.stream)
+                self._streams.end(new.stream)
         self._check_open()
         self._legs[index : index + 1] = found
-        self._prompt = PromptPages(self._tapes, ())  # the hashes were those of other hops
-        self._end(leg.stream)
-        route = " → ".join(f"{short_peer(new.hop.peer_id)}[{new.hop.span}]" for new in found)
-        logger.info("recovered %d tokens of %s at %s", position, leg.hop.span, route)
+        self._prompt = PromptPages(self._tape.budget.prefixes, ())  # the hashes were those of other hops
+        self._streams.end(leg.stream)
+        route = " → ".join(f"{short_peer(new.peer_id)}[{new.hop.span}]" for new in found)
+        logger.info("recovered %d tokens of %s at %s", flight.position, leg.hop.span, route)
+        return index
 
-    async def _other_legs(self, leg: Leg, position: int) -> list[Leg]:
-        """Return legs for the blocks of `leg` at other nodes, at `position`; the first has its tape."""
-        needed = max(position, leg.tape.length)
+    async def _other_legs(self, index: int, flight: Flight) -> list[Leg]:
+        """Return legs for the blocks of leg `index` at other nodes, brought to where `flight` begins."""
+        leg, source = self._legs[index], self._legs[index - 1] if index else None
+        behind = self._legs[index + 1].peer_id if index + 1 < len(self._legs) else None
+        needed = flight.position + flight.states.shape[1]
         reserved = tokens_to_reserve(needed, self._config.reserve_tokens, self._max_length)
-        hops = await self._find_route(reserved, leg=leg)  # for its blocks alone
-        streams, _ = await self._open_streams(hops, reserved)
-        legs = [Leg(stream, Tape(self._tapes), self._num_steps) for stream in streams]
+        # Its own node only if that has lost the session: not if it refused a step of it.
+        without = leg.peer_id if leg.failure is None else None
+        hops = await self._streams.find_route(reserved, span=leg.hop.span, without=without)
+        legs, _ = await self._streams.open(
+            hops,
+            reserved,
+            upstream=None if source is None else source.peer_id,
+            downstream=behind,
+            step_number=flight.number,
+        )
+        replay = Replay(self._tape, source, legs, self._is_direct, self._link_failed, self._leg_failed)
         try:
-            await self._play(leg.tape, legs, position)
+            await replay.play(flight.position, max(1, self._config.step_tokens // self._batch_size), flight.states)
         except BaseException:
             for failed in legs:
-                failed.tape.drop()
-                self._end(failed.stream)
+                self._streams.end(failed.stream)
             raise
-        legs[0].tape.drop()
-        legs[0].tape = leg.tape
         return legs
 
-    async def _play(self, tape: Tape, legs: Sequence[Leg], position: int) -> None:
-        """Bring new legs to `position`. Raises SwarmError; the node at fault is avoided then."""
-        width = max(1, self._config.step_tokens // self._batch_size)
-        for start, states in tape.chunks(position, width):
-            for leg in legs:
-                if leg is not legs[0]:
-                    leg.tape.write(start, states)
-                try:
-                    states = (await leg.stream.step(states, start)).hidden_states
-                    check_finite(from_wire(states))
-                except SwarmError as error:
-                    if _is_nodes_fault(error):
-                        self._blame(leg.hop.peer_id, error)
-                    raise
+    def _leg_failed(self, leg: Leg, error: SwarmError) -> None:
+        if is_nodes_fault(error):
+            self._streams.blame(leg.peer_id, error)
 
-    def _lose(self, leg: Leg, error: SwarmError) -> None:
-        """The node of `leg` has failed; what it held is given up."""
+    def _lose(self, leg: Leg, error: SwarmError, *, is_blamed: bool = True) -> None:
+        """The node of `leg` cannot go on; what it holds is given up."""
         if leg.failure is None:
             leg.failure = error
-            if not has_forgotten(error):
-                self._blame(leg.hop.peer_id, error)
-
-    def _blame(self, peer_id: PeerId, error: SwarmError) -> None:
-        self._failed_s[peer_id] = self._transport.now_s()
-        self._watcher.failed(peer_id, error)
-
-    def _may_serve(self, record: NodeRecord, leg: Leg) -> bool:
-        """Whether a node may take over from `leg`: not its own node while it only refuses, and none that is dead."""
-        peer_id = PeerId(record.peer_id)
-        if leg.failure is None and peer_id == leg.hop.peer_id:
-            return False
-        return record.published_s > self._failed_s.get(peer_id, float("-inf"))
-
-    async def _is_replaceable(self, hop: Hop) -> bool:
-        """Whether other nodes, none of which failed lately, serve the blocks of `hop`."""
-        away = {hop.peer_id, *self._watcher.avoided, *self._config.blocked_peers}
-        try:
-            find_route(await self._watcher.view(), self._model, RouteWish(blocked=away, span=hop.span), secrets.choice)
-        except SwarmError:
-            return False
-        return True
-
-    def _end(self, stream: SpanStream) -> None:
-        """Close a stream without waiting for it: its node may be gone."""
-        ending = asyncio.create_task(stream.close(), name="stream-end")
-        self._endings.add(ending)
-        ending.add_done_callback(self._endings.discard)
-
-    # routes
-
-    async def _find_route(
-        self, reserved: int, pages: Sequence[bytes] = (), leg: Leg | None = None, *, is_retry: bool = False
-    ) -> list[Hop]:
-        def find(view: SwarmView) -> list[Hop]:
-            unfit = {PeerId(r.peer_id) for r in view.records if leg is not None and not self._may_serve(r, leg)}
-            wish = RouteWish(
-                self._batch_size * reserved, self._watcher.avoided, unfit | self._config.blocked_peers,
-                self._watcher.holders.affinity(pages), span=None if leg is None else leg.hop.span,
-            )  # fmt: skip
-            return find_route(view, self._model, wish, secrets.choice)
-
-        return await self._watcher.find(find, is_retry=is_retry)
-
-    async def _open_streams(
-        self, hops: Sequence[Hop], reserved: int, prefix: TokenPrefix | None = None
-    ) -> tuple[list[SpanStream], int]:
-        """Open a session at every hop; return the streams, and how many tokens of `prefix` all of them have."""
-        session_id = secrets.token_bytes(ID_BYTES)
-        streams = [
-            SpanStream(
-                self._transport, hop, session_id, self._max_length, self._limits, partial(self._is_replaceable, hop)
-            )
-            for hop in hops
-        ]
-        try:
-            results = await asyncio.gather(
-                *(
-                    stream.open(self._model, self._batch_size, reserved, self._hashes(hops[: number + 1], prefix))
-                    for number, stream in enumerate(streams)
-                ),
-                return_exceptions=True,
-            )
-        except asyncio.CancelledError:
-            await asyncio.gather(*(stream.close() for stream in streams))
-            raise
-        failures = [(s, r) for s, r in zip(streams, results, strict=True) if isinstance(r, BaseException)]
-        if not failures:
-            route = " → ".join(f"{short_peer(hop.peer_id)}[{hop.span}]" for hop in hops)
-            cached = min(result for result in results if isinstance(result, int))
-            logger.info("session opened, %d tokens cached: %s session=%s", cached, route, short_id(session_id))
-            return streams, cached
-        for stream, error in failures:
-            if isinstance(error, SwarmError) and _is_nodes_fault(error):
-                self._blame(stream.hop.peer_id, error)
-        await asyncio.gather(*(stream.close() for stream in streams))
-        raise failures[0][1]
-
-    def _hashes(self, hops: Sequence[Hop], prefix: TokenPrefix | None) -> tuple[bytes, ...]:
-        return page_hashes(self._prefix_key, self._model, hops, prefix) if prefix is not None else ()
+            if is_blamed and not has_forgotten(error):
+                self._streams.blame(leg.peer_id, error)
 
 
-def _is_nodes_fault(error: SwarmError) -> bool:
-    """Whether another node may do better: it refused for now, failed, or does not keep to the protocol."""
-    return error.retryable or isinstance(error, ProtocolError)
+def _timing(leg: Leg, reply: StepReply, total_s: float) -> HopTiming:
+    # The client may hear late that a node is done, and then of the next one at once.
+    return HopTiming(leg.hop, max(total_s, reply.queue_s + reply.compute_s), reply.queue_s, reply.compute_s)
 
 
 def _is_finite(states: WireTensor) -> bool:

@@ -15,6 +15,7 @@
     │   ├── SessionClosedError        session_closed
     │   ├── MaxLengthError            max_length_exceeded
     │   ├── CacheFullError            cache_full             retryable
+    │   ├── TapeLostError             tape_lost
     │   ├── NodeDrainingError         node_draining          retryable
     │   ├── LimitExceededError        limit_exceeded         retryable
     │   └── CancelledStepError        cancelled
@@ -154,6 +155,12 @@ class CacheFullError(SessionError):
 
     def __init__(self, needed_tokens: int, free_tokens: int) -> None:
         super().__init__(f"attention cache is full: {needed_tokens} tokens needed, {free_tokens} free")
+
+
+class TapeLostError(SessionError):
+    """What a node has sent on is not there any more, or not from here on; it can only be computed again."""
+
+    code = "tape_lost"
 
 
 class NodeDrainingError(SessionError):

@@ -6,7 +6,14 @@ A session lives on one stream per hop, opened under `SESSION_PROTOCOL`:
     Step → StepReply | ErrorReply        prefill and decode; a lower position rolls back, `row_order` permutes the rows,
                                          `max_tokens` extends the reservation
     ResumeSession → SessionResumed       on a new stream after the old one dropped
+    SendTape → TapeSent                  send on again what a node has sent on before
     CloseSession → SessionClosed         free the cache
+
+A step may name the nodes that its output goes on to. Each sends it to the next by itself, on a stream under
+`RING_PROTOCOL`, and answers the client without it:
+
+    JoinSession → RingJoined             bring the steps of a session, whose client has named this peer
+    Step                                 answered to the client, on the stream of its own session
 
 Work without a session, a span run forward over whole sequences, goes over streams under `COMPUTE_PROTOCOL`:
 
@@ -30,6 +37,7 @@ PROTOCOL_VERSIONS = (1,)
 """What this side speaks, newest first; agreed on in `OpenSession`."""
 
 SESSION_PROTOCOL = "/umbel/session/1"
+RING_PROTOCOL = "/umbel/ring/1"
 COMPUTE_PROTOCOL = "/umbel/compute/1"
 
 MAX_BATCH_ROWS = 256
@@ -39,6 +47,12 @@ MAX_SESSION_TOKENS = 1 << 20
 PAGE_TOKENS = 64
 """Tokens of a page, in which prefixes are named and reservations grow: 2.3 MB for a block of BLOOM-176B in bf16, and
 few enough for a chat's first message."""
+
+MAX_IN_FLIGHT = 4
+"""Steps of a session that are begun and not answered: pieces of a prompt that are on their way at once."""
+
+MAX_ONWARD = 48
+"""Nodes that one step goes on to by itself; behind them it comes to the client. They fit into a header."""
 
 MAX_PREFIX_PAGES = 512
 """Of one session: 32,768 tokens. Their hashes take 9 kB of a header."""
@@ -111,8 +125,8 @@ class OpenSession:
 
     `max_tokens` is what is reserved now; steps may extend it. `prefix` are keyed hashes of the first pages of tokens
     that will come, each covering all before it and whatever else decides the hidden states that enter `start_block`;
-    pages are shared among sessions of one row and one peer. `upstream` and `downstream` name the peers whose steps come
-    in and to whom the outputs go; None is the sender.
+    pages are shared among sessions of one row and one peer. `upstream` and `downstream` are the peers of the spans
+    before and behind; steps are taken from `upstream`, too, and with `downstream` the outputs are kept for `SendTape`.
     """
 
     kind: ClassVar[int] = 1
@@ -168,12 +182,28 @@ class SessionResumed:
 
 
 @dataclass(frozen=True, slots=True)
+class Onward:
+    """A node that a step goes on to, and the step's number and reservation in a session there; as in `Step`."""
+
+    peer_id: ShortText
+    session_id: Id
+    step_id: StepId
+    max_tokens: NumTokens | None = None
+
+
+OnwardPath = Annotated[tuple[Onward, ...], Meta(max_length=MAX_ONWARD)]
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """Run `hidden_states` (batch, seq, hidden) through the session's blocks at `position`.
 
     A position below the cached tokens rolls back to it first. `row_order`, if given, permutes the rows of the cache
     before that: row i continues what row `row_order[i]` was. With seq 0 nothing else happens. `max_tokens`, if given,
     first extends the reservation to so many tokens per row; where that is refused, so is the step, as `cache_full`.
+
+    `onward` are the nodes that the output goes on to, one after the other; the last one's goes to the client, unless
+    `wants_output` is false. From now on steps are taken from the peer `upstream` only, if one is named, and the client.
     """
 
     kind: ClassVar[int] = 5
@@ -182,17 +212,62 @@ class Step:
     hidden_states: WireTensor
     row_order: RowOrder | None = None
     max_tokens: NumTokens | None = None
+    onward: OnwardPath = ()
+    wants_output: bool = True
+    upstream: ShortText | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepReply:
-    """The output (batch, seq, hidden) of a step, and how long it waited and was computed at this node."""
+    """The output (batch, seq, hidden) of a step, and how long it waited and was computed at this node.
+
+    It has seq 0 if it was sent on as the step said, or not wanted. A node that cannot send it on answers with it.
+    """
 
     kind: ClassVar[int] = 6
     step_id: StepId
     hidden_states: WireTensor
     queue_s: Seconds = 0.0
     compute_s: Seconds = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class JoinSession:
+    """Bring steps of the session `session_id` that the peer `client` has opened here."""
+
+    kind: ClassVar[int] = 50
+    client: ShortText
+    session_id: Id
+
+
+@dataclass(frozen=True, slots=True)
+class RingJoined:
+    """Steps may come."""
+
+    kind: ClassVar[int] = 51
+
+
+@dataclass(frozen=True, slots=True)
+class SendTape:
+    """Send on again the output of the tokens `[start, end)`, as a step of another session through `onward`.
+
+    That step's last output goes nowhere. Without `onward` the output comes back as the answer.
+    """
+
+    kind: ClassVar[int] = 52
+    request_id: StepId
+    start: Position
+    end: Position
+    onward: OnwardPath = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TapeSent:
+    """The output (batch, end - start, hidden) of a `SendTape`; with seq 0 if it was sent on."""
+
+    kind: ClassVar[int] = 53
+    request_id: StepId
+    hidden_states: WireTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,15 +321,16 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Pong:
-    """Answer a Ping with the same nonce."""
+    """Answer a Ping with the same nonce; in a session `last_step_id` is the last step that has arrived."""
 
     kind: ClassVar[int] = 31
     nonce: LastStepId
+    last_step_id: LastStepId = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
-    """Say that the request, or the step or forward with id `step_id`, failed; `code` as in `errors.py`."""
+    """Say that the request, or the step or other request with id `step_id`, failed; `code` as in `errors.py`."""
 
     kind: ClassVar[int] = 40
     code: Annotated[str, Meta(max_length=64)]
@@ -270,6 +346,10 @@ Message = (
     | SessionResumed
     | Step
     | StepReply
+    | JoinSession
+    | RingJoined
+    | SendTape
+    | TapeSent
     | CloseSession
     | SessionClosed
     | Forward

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from swarm_client.routing.find_route import Hop, ModelKey
+from swarm_client.routing.link_health import LinkHealth
 from swarm_client.routing.peer_health import PeerHealth
 from swarm_client.routing.prefix_holders import PrefixHolders
 from swarm_client.routing.swarm_view import SwarmKnowledge, SwarmView
@@ -48,6 +49,7 @@ class SwarmWatcher:
     def __init__(self, transport: Transport, model: ModelKey, period_s: float, health: PeerHealth) -> None:
         """Read every `period_s` while anybody asks, with 0 whenever somebody does. Watchers may share `health`."""
         self.holders = PrefixHolders()
+        self.links = LinkHealth()
         self._transport = transport
         self._model = model
         self._keys = directory_keys(model.name, model.num_blocks)

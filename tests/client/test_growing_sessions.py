@@ -145,7 +145,7 @@ def test_the_last_token_of_a_prompt_is_always_computed(pair: Pair, model: Distri
 def test_a_client_may_keep_its_prompts_to_itself(
     pair: Pair, model: DistributedTextModel, computed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swarm_client.swarm_session.page_hashes", lambda *_: pytest.fail("a prompt was named"))
+    monkeypatch.setattr("swarm_client.session_streams.page_hashes", lambda *_: pytest.fail("a prompt was named"))
     monkeypatch.setattr(pair.served.swarm, "config", replace(CLIENT_CONFIG, reuse_prefixes=False))
     prompt = [1 + token % 90 for token in range(PAGE_TOKENS + 20)]
     for _ in range(2):

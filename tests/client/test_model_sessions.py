@@ -226,7 +226,7 @@ def test_an_input_in_pieces_that_failed_leaves_the_position(llama: Pair) -> None
 def test_values_that_are_not_finite_are_not_taken_for_an_output(llama: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     with llama.remote.inference_session(max_length=20) as session:
         with monkeypatch.context() as patch:
-            patch.setattr("swarm_client.leg.from_wire", lambda output: torch.full(output.shape, torch.nan))
+            patch.setattr("swarm_client.swarm_session.from_wire", lambda output: torch.full(output.shape, torch.nan))
             with pytest.raises(ProtocolError, match="finite"):
                 llama.remote.generate(ids(), max_new_tokens=2)
         assert session.position == 0

@@ -73,8 +73,8 @@ def test_the_cache_can_be_filled_to_the_last_token_and_no_further():
         ({"end_block": 9}, "blocks_not_served"),
         ({"start_block": 6, "end_block": 6}, "invalid_request"),
         ({"start_block": 7, "end_block": 5}, "invalid_request"),
-        ({"upstream": "Bob"}, "invalid_request"),
-        ({"downstream": "Bob"}, "invalid_request"),
+        ({"upstream": "Bob!"}, "invalid_request"),
+        ({"downstream": "Bob!"}, "invalid_request"),
         ({"max_tokens": 51}, "cache_full"),
     ],
 )
@@ -86,8 +86,12 @@ def test_what_is_refused_reserves_nothing(fields: dict[str, Any], code: str):
     assert (admission.free_token_blocks, admission.num_sessions) == (400, 0)
 
 
-def test_the_sender_may_name_itself_as_upstream_and_downstream():
-    ledger().admit(request(upstream=ALICE, downstream=ALICE), ALICE)
+def test_the_nodes_before_and_behind_are_remembered():
+    plain = ledger().admit(request(), ALICE)
+    assert (plain.upstream, plain.keeps_tape) == (None, False)
+    before, behind = ("12D3KooW" + letter * 44 for letter in "ab")
+    plan = ledger().admit(request(upstream=before, downstream=behind), ALICE)
+    assert (plan.upstream, plan.keeps_tape) == (before, True)
 
 
 def test_a_peer_has_its_own_cap_of_sessions_and_all_peers_together_another():

@@ -14,13 +14,17 @@ from hypothesis import strategies as st
 from swarm_protocol.errors import StreamLostError, error_from_wire
 from swarm_protocol.messages import (
     COMPUTE_PROTOCOL,
+    RING_PROTOCOL,
     SESSION_PROTOCOL,
     CloseSession,
     ErrorReply,
+    JoinSession,
     Message,
+    Onward,
     Ping,
     Pong,
     ResumeSession,
+    SendTape,
     SessionClosed,
     SessionOpened,
     Step,
@@ -45,11 +49,14 @@ from tests.node.node_scenario import (
 )
 
 SESSION_IDS = (b"s" * 16, b"t" * 16)
+ITSELF = "the fuzzer"
+PROTOCOLS = (SESSION_PROTOCOL, SESSION_PROTOCOL, COMPUTE_PROTOCOL, RING_PROTOCOL)
+"""Of the streams; the last one brings steps of the sessions on the first two."""
 
 CODES = {
     "malformed_frame", "frame_too_large", "unsupported_message", "unsupported_version", "unexpected_message",
     "step_order", "invalid_position", "invalid_tensor", "session_not_found", "max_length_exceeded", "cache_full",
-    "limit_exceeded", "blocks_not_served", "revision_mismatch", "invalid_request", "session_closed",
+    "tape_lost", "limit_exceeded", "blocks_not_served", "revision_mismatch", "invalid_request", "session_closed",
 }  # fmt: skip
 """What a peer may be told. `internal_error` would be a bug of the node."""
 
@@ -78,6 +85,9 @@ steps = st.builds(
     st.one_of(st.integers(0, 5), st.sampled_from([19, 20, 21, 1 << 20])),
     tensors().map(to_wire),
     st.one_of(st.none(), st.just((0,)), st.lists(st.integers(0, 3), max_size=3).map(tuple)),
+    onward=st.sampled_from([(), (), (), (Onward("12D3KooWnobody", b"n" * 16, 1),), (Onward("?!", b"n" * 16, 1),) * 64]),
+    wants_output=st.sampled_from([True, True, False]),
+    upstream=st.sampled_from([None, None, "12D3KooWnobody", "?!"]),
 )
 openings = st.builds(
     lambda **fields: open_session(**fields),
@@ -95,6 +105,8 @@ messages: st.SearchStrategy[Message] = st.one_of(
     steps,
     forwards,
     st.builds(Ping, st.integers(0, 1 << 62)),
+    st.builds(JoinSession, st.sampled_from([ITSELF, ITSELF, "12D3KooWnobody", "?"]), st.sampled_from(SESSION_IDS)),
+    st.builds(SendTape, st.integers(1, 9), st.integers(0, 9), st.integers(0, 30)),
     st.builds(CloseSession),
     st.builds(ResumeSession, st.sampled_from(SESSION_IDS), st.binary(min_size=16, max_size=16), st.integers(0, 4)),
     st.sampled_from([Pong(1), SessionClosed(), ErrorReply("x", "y", False)]),
@@ -118,7 +130,7 @@ class Act:
 
 acts = st.builds(
     Act,
-    st.integers(0, 2),
+    st.integers(0, 3),
     st.sampled_from(
         ["send"] * 9
         + ["next"] * 9
@@ -148,13 +160,18 @@ class Fuzzer:
         with suppress(StreamLostError):
             is_new = act.stream not in self._talks
             talk = await self._talk(act.stream)
-            if is_new and act.stream != 2 and act.byte % 8:
-                await talk.send(open_session(session_id=SESSION_IDS[act.stream]))
+            if is_new and act.byte % 8 and PROTOCOLS[act.stream] != COMPUTE_PROTOCOL:
+                itself = self._transport.peer_id
+                around = {"upstream": itself, "downstream": itself if act.byte % 2 else None}
+                opening = open_session(session_id=SESSION_IDS[act.stream % 2], **around)
+                is_ring = PROTOCOLS[act.stream] == RING_PROTOCOL
+                await talk.send(JoinSession(itself, SESSION_IDS[act.byte % 2]) if is_ring else opening)
                 await asyncio.sleep(0.001)
             if act.kind == "close":
-                await self._talks.pop(act.stream).stream.close()
+                self._talks.pop(act.stream, None)
+                await talk.stream.close()
             elif act.kind == "redial":
-                del self._talks[act.stream]
+                self._talks.pop(act.stream, None)
                 await self._talk(act.stream)
             elif act.kind == "wait":
                 await asyncio.sleep(1 + 100 * act.at)
@@ -175,7 +192,10 @@ class Fuzzer:
         await asyncio.sleep(0.001)
 
     async def _send_frames(self, talk: Conversation, act: Act) -> None:
-        frames = [b"".join(parts) for parts in encode(act.message, act.frame_bytes)]
+        message = act.message
+        if isinstance(message, JoinSession) and message.client == ITSELF:
+            message = replace(message, client=self._transport.peer_id)
+        frames = [b"".join(parts) for parts in encode(message, act.frame_bytes)]
         if act.kind == "half":
             frames = frames[: max(1, len(frames) // 2)]
         for number, frame in enumerate(frames):
@@ -192,8 +212,7 @@ class Fuzzer:
 
     async def _talk(self, number: int) -> Conversation:
         if number not in self._talks:
-            protocol = COMPUTE_PROTOCOL if number == 2 else SESSION_PROTOCOL
-            talk = self._talks[number] = await self._node.dial(self._transport, protocol)
+            talk = self._talks[number] = await self._node.dial(self._transport, PROTOCOLS[number])
             self._last_ids.pop(number, None)
             self._readers.append(asyncio.create_task(self._read(number, talk), name="reader"))
         return self._talks[number]

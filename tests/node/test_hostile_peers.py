@@ -9,6 +9,7 @@ import torch
 
 from swarm_protocol.errors import StreamLostError
 from swarm_protocol.messages import (
+    MAX_IN_FLIGHT,
     CloseSession,
     Forward,
     Message,
@@ -64,7 +65,7 @@ async def assert_serves(node: Scenario) -> None:
         (open_session(start_block=0), "blocks_not_served"),
         (open_session(end_block=5), "blocks_not_served"),
         (open_session(start_block=3, end_block=2), "invalid_request"),
-        (open_session(downstream="12D3KooWsomebody"), "invalid_request"),
+        (open_session(downstream="some body"), "invalid_request"),
         (open_session(max_tokens=CACHE_TOKENS + 1), "cache_full"),
         (open_session(batch_size=256, max_tokens=1 << 20), "cache_full"),
         (ResumeSession(b"x" * 16, b"y" * 16, 0), "session_not_found"),
@@ -204,12 +205,37 @@ async def test_a_step_that_comes_too_early_is_refused_and_the_running_one_is_ans
     async with serving_node() as node:
         talk, _ = await node.open()
         node.worker.gate.clear()
-        await talk.send(Step(1, 0, to_wire(states(2))))
-        assert_error(await talk.step(2, 2, states(1)), "step_order", step_id=2)
-        await talk.send(Step(1, 0, to_wire(states(2))))
+        for number in range(1, MAX_IN_FLIGHT + 1):
+            await talk.send(Step(number, number - 1, to_wire(states(1))))
+        early = MAX_IN_FLIGHT + 1
+        assert_error(await talk.step(early, 1, states(1)), "step_order", step_id=early)
+        await talk.send(Step(1, 0, to_wire(states(1))))
         node.worker.gate.set()
-        assert_output(await talk.receive(), local_output(states(2)))
-        assert_output(await talk.step(2, 0, states(3)), local_output(states(3)))
+        for number in range(1, early):
+            assert (await talk.receive()).step_id == number
+        assert_output(await talk.step(early, 0, states(3)), local_output(states(3)))
+
+
+@virtual
+async def test_steps_behind_one_that_fails_fail_with_it_in_their_order():
+    async with serving_node() as node:
+        talk, _ = await node.open()
+        node.worker.gate.clear()
+        for number, columns in enumerate((2, 30, 1), start=1):  # the second is longer than the session
+            await talk.send(Step(number, 0 if number == 1 else 2, to_wire(states(columns))))
+        await talk.send(Step(2, 2, to_wire(states(1) * torch.nan)))
+        await talk.send(Step(3, 3, to_wire(states(1))))
+        await settle()
+        node.worker.gate.set()
+        answers = [await talk.receive() for _ in range(5)]
+        assert [(answer.step_id, getattr(answer, "code", "")) for answer in answers] == [
+            (2, "max_length_exceeded"),
+            (3, "step_order"),
+            (1, ""),
+            (2, "invalid_tensor"),
+            (3, "invalid_position"),
+        ]
+        assert_output(await talk.step(4, 2, states(3)[:, 2:]), local_output(states(3))[:, 2:])
 
 
 @virtual

@@ -151,7 +151,7 @@ async def test_pings_are_answered_before_a_session_in_it_and_while_a_step_runs()
         await talk.ask(open_session())
         node.worker.gate.clear()
         await talk.send(Step(1, 0, to_wire(states(2))))
-        assert await talk.ask(Ping(8)) == Pong(8)
+        assert await talk.ask(Ping(8)) == Pong(8, last_step_id=1)
         node.worker.gate.set()
         assert (await talk.receive()).step_id == 1
         compute = await node.dial_compute()
@@ -164,6 +164,7 @@ async def test_closing_during_a_step_frees_the_cache_when_the_step_has_ended():
         talk, _ = await node.open()
         node.worker.gate.clear()
         await talk.send(Step(1, 0, to_wire(states(2))))
+        await settle()
         await talk.send(CloseSession())
         await settle()
         assert node.free_tokens == CACHE_TOKENS - 20
@@ -179,7 +180,7 @@ async def test_a_session_without_steps_is_closed_after_a_while():
         await asyncio.sleep(60)
         await talk.step(1, 0, states(2))
         await asyncio.sleep(60)
-        assert await talk.ask(Ping(1)) == Pong(1)
+        assert await talk.ask(Ping(1)) == Pong(1, last_step_id=1)
         await asyncio.sleep(39)
         assert len(node.node.sessions) == 1
         await asyncio.sleep(2)

@@ -47,6 +47,9 @@ blocks = st.integers(0, 65535)
 texts = st.text(max_size=160)
 seconds = st.floats(0, 1e9)
 positions = st.integers(0, m.MAX_SESSION_TOKENS)
+onwards = st.lists(
+    st.builds(m.Onward, texts, ids, step_ids, st.none() | st.integers(1, m.MAX_SESSION_TOKENS)), max_size=m.MAX_ONWARD
+).map(tuple)
 every_message = st.one_of(
     st.builds(
         m.OpenSession,
@@ -70,6 +73,10 @@ every_message = st.one_of(
         positions,
         tensors,
         st.none() | st.lists(st.integers(0, m.MAX_BATCH_ROWS - 1), max_size=m.MAX_BATCH_ROWS).map(tuple),
+        st.none() | st.integers(1, m.MAX_SESSION_TOKENS),
+        onwards,
+        st.booleans(),
+        st.none() | texts,
     ),
     st.builds(m.StepReply, step_ids, tensors, seconds, seconds),
     st.builds(m.CloseSession),
@@ -77,14 +84,18 @@ every_message = st.one_of(
     st.builds(m.Forward, step_ids, texts, texts, blocks, blocks, tensors),
     st.builds(m.ForwardReply, step_ids, tensors),
     st.builds(m.Ping, last_ids),
-    st.builds(m.Pong, last_ids),
+    st.builds(m.Pong, last_ids, last_ids),
+    st.builds(m.JoinSession, texts, ids),
+    st.builds(m.RingJoined),
+    st.builds(m.SendTape, step_ids, positions, positions, onwards),
+    st.builds(m.TapeSent, step_ids, tensors),
     st.builds(m.ErrorReply, st.text(max_size=64), st.text(max_size=1000), st.booleans(), st.none() | step_ids),
 )
 
 
 def test_the_strategy_makes_every_kind_of_message() -> None:
     kinds = [cls.kind for cls in m.MESSAGE_TYPES]
-    assert len(set(kinds)) == len(kinds) == 13
+    assert len(set(kinds)) == len(kinds) == 17
 
 
 @given(every_message, st.integers(2048, 4096))

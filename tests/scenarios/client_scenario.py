@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,6 @@ from swarm_client.routing.find_route import ModelKey
 from swarm_client.routing.peer_health import PeerHealth
 from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.swarm_session import SwarmSession
-from swarm_client.tape import TapeBudget
 from swarm_protocol.errors import (
     StreamLostError,
 )
@@ -35,9 +34,10 @@ from swarm_protocol.model.checkpoint import open_checkpoint
 from swarm_protocol.model.parts import SpanModule, load_span
 from swarm_protocol.records import directory_key, seal
 from swarm_protocol.spans import Span
+from swarm_protocol.tape import TapeBudget
 from swarm_protocol.tensors import from_wire, to_wire
 from swarm_protocol.transport.base import FrameStream
-from swarm_protocol.transport.memory_net import MemoryNetwork, MemoryTransport
+from swarm_protocol.transport.memory_net import LinkProfile, MemoryNetwork, MemoryTransport
 from tests.node.node_scenario import (
     HIDDEN,
     MODEL,
@@ -83,6 +83,11 @@ class Served:
     node: Node
     worker: CountingWorker
 
+    @property
+    def tapes(self) -> TapeBudget:
+        """What this node keeps of what it sends on."""
+        return self.node.sessions.tapes
+
 
 @dataclass
 class Scene:
@@ -94,6 +99,11 @@ class Scene:
     nodes: list[Served]
     group: asyncio.TaskGroup
     stop: asyncio.Event
+    tapes: TapeBudget = field(default_factory=lambda: TapeBudget(1 << 20))
+
+    def set_delay(self, first: MemoryTransport, second: MemoryTransport, delay_s: float) -> None:
+        """Let frames between two peers take so long."""
+        self.network.set_link(first.peer_id, second.peer_id, LinkProfile(delay_s))
 
     async def steps(self, hidden_states: torch.Tensor, first: int = 0) -> torch.Tensor:
         """One step for each column, at positions from `first` on."""
@@ -114,7 +124,7 @@ class Scene:
 
     def another_session(self, config: ClientConfig = CONFIG, max_length: int = 20) -> SwarmSession:
         watcher = SwarmWatcher(self.client, KEY, config.view_age_s, PeerHealth(config.avoid_s))
-        return SwarmSession(self.client, watcher, config, KEY, 1, max_length, PREFIX_KEY, TapeBudget(1 << 20))
+        return SwarmSession(self.client, watcher, config, KEY, 1, max_length, PREFIX_KEY, self.tapes)
 
 
 @asynccontextmanager

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from server_node.config import NodeLimits
+from swarm_client.routing.link_health import RETRY_S
 from swarm_client.routing.peer_health import PeerHealth
 from swarm_client.routing.watcher import LOOKUP_S, SwarmWatcher
 from swarm_client.row_groups import open_together
+from swarm_client.span_stream import NOTICE_S
 from swarm_client.swarm_session import SwarmSession
-from swarm_client.tape import TapeBudget
 from swarm_protocol.errors import (
     CacheFullError,
     MissingBlocksError,
@@ -30,7 +32,8 @@ from swarm_protocol.messages import (
 )
 from swarm_protocol.records import REFRESH_PERIOD_S
 from swarm_protocol.spans import Span
-from swarm_protocol.tensors import to_wire
+from swarm_protocol.tape import TapeBudget
+from swarm_protocol.tensors import from_wire, to_wire
 from swarm_protocol.transport.memory_net import LinkProfile
 from tests.node.node_scenario import (
     HIDDEN,
@@ -48,7 +51,9 @@ from tests.scenarios.client_scenario import (
     local_output,
     now_s,
     scene,
+    span_module,
 )
+from tests.tiny_models import NUM_BLOCKS
 
 
 @virtual
@@ -59,7 +64,8 @@ async def test_a_frozen_node_that_nobody_can_replace_times_out_at_the_deadline()
         started_s = now_s()
         with pytest.raises(MissingBlocksError, match="blocks 2–4") as caught:
             await s.steps(states(1))
-        assert now_s() - started_s == pytest.approx(CONFIG.step_s, abs=1e-6)
+        waited_s = now_s() - started_s
+        assert waited_s == pytest.approx(NodeLimits().join_s + CONFIG.step_s, abs=1e-6)
         assert isinstance(caught.value.__context__, StepTimeoutError)
         s.network.thaw(s.nodes[1].transport.peer_id)
         await asyncio.sleep(REFRESH_PERIOD_S + 1)  # it says that it lives
@@ -77,16 +83,81 @@ async def test_a_frozen_node_that_nobody_can_replace_may_go_on_late() -> None:
 
 
 @virtual
-async def test_a_step_takes_one_round_trip_to_each_node() -> None:
+async def test_a_step_goes_round_the_ring() -> None:
     async with scene(*HALVES) as s:
-        for served, delay_s in zip(s.nodes, (0.02, 0.05), strict=True):
-            s.network.set_link(s.client.peer_id, served.transport.peer_id, LinkProfile(delay_s))
+        first, second = (served.transport for served in s.nodes)
+        s.set_delay(s.client, first, 0.02)
+        s.set_delay(s.client, second, 0.05)
+        s.set_delay(first, second, 0.04)
         started_s = now_s()
         await s.session.open(1)
         assert now_s() - started_s == pytest.approx(4 * 0.05)  # both at once: a dial and a question
         started_s = now_s()
-        await s.steps(states(3))
-        assert now_s() - started_s == pytest.approx(3 * 2 * (0.02 + 0.05))
+        await s.steps(states(1))
+        assert now_s() - started_s == pytest.approx(0.02 + 5 * 0.04 + 0.05)  # one node has dialed and asked the other
+        started_s = now_s()
+        await s.steps(states(4)[:, 1:], first=1)
+        assert now_s() - started_s == pytest.approx(3 * (0.02 + 0.04 + 0.05))
+
+
+@virtual
+async def test_states_after_every_span_come_through_the_client() -> None:
+    async with scene(*HALVES) as s:
+        for served, delay_s in zip(s.nodes, (0.02, 0.05), strict=True):
+            s.set_delay(s.client, served.transport, delay_s)
+        await s.session.open(1)
+        started_s = now_s()
+        result = await s.session.step(to_wire(states(3)), 0, every_span=True)
+        assert now_s() - started_s == pytest.approx(2 * (0.02 + 0.05))
+        after_first = span_module(HALVES[0])(states(3))
+        for found, wanted in zip(result.outputs, (after_first, local_output(states(3))), strict=True):
+            torch.testing.assert_close(from_wire(found), wanted, rtol=1e-5, atol=1e-5)
+
+
+@virtual
+async def test_a_step_comes_through_the_client_where_two_nodes_do_not_reach_each_other() -> None:
+    async with scene(Span(0, 2), Span(2, 4), Span(4, NUM_BLOCKS)) as s:
+        nodes = [served.transport for served in s.nodes]
+        for node in nodes:
+            s.set_delay(s.client, node, 0.1)
+        s.network.cut(nodes[0].peer_id, nodes[1].peer_id)
+        await s.session.open(1)
+        first = await s.steps(states(1))
+        started_s = now_s()
+        rest = await s.steps(states(4)[:, 1:], first=1)
+        assert now_s() - started_s == pytest.approx(3 * 4 * 0.1)  # there and back, and round the other two
+        torch.testing.assert_close(torch.cat([first, rest], dim=1), local_output(states(4)), rtol=1e-5, atol=1e-5)
+        assert [served.worker.num_steps for served in s.nodes] == [4, 4, 4]
+        s.network.mend(nodes[0].peer_id, nodes[1].peer_id)
+        await asyncio.sleep(RETRY_S)
+        await s.steps(states(5)[:, 4:], first=4)
+        started_s = now_s()
+        await s.steps(states(6)[:, 5:], first=5)
+        assert now_s() - started_s == pytest.approx(2 * 0.1)
+
+
+@virtual
+async def test_a_way_between_nodes_that_breaks_is_gone_round() -> None:
+    async with scene(*HALVES) as s:
+        await s.session.open(1)
+        first = await s.steps(states(2))
+        s.network.cut(s.nodes[0].transport.peer_id, s.nodes[1].transport.peer_id)
+        started_s = now_s()
+        rest = await s.steps(states(6)[:, 2:], first=2)
+        assert now_s() - started_s < NOTICE_S + 0.1
+        torch.testing.assert_close(torch.cat([first, rest], dim=1), local_output(states(6)), rtol=1e-5, atol=1e-5)
+        assert [served.worker.num_steps for served in s.nodes] == [6, 6]
+
+
+@pytest.mark.parametrize("after_frames", range(20))
+@virtual
+async def test_the_stream_between_two_nodes_may_drop_at_any_frame(after_frames: int) -> None:
+    async with scene(*HALVES) as s:
+        await s.session.open(1)
+        s.network.break_streams(s.nodes[0].transport.peer_id, s.nodes[1].transport.peer_id, after_frames=after_frames)
+        found = await s.steps(states(10))
+        torch.testing.assert_close(found, local_output(states(10)), rtol=1e-5, atol=1e-5)
+        assert [served.worker.num_steps for served in s.nodes] == [10, 10]
 
 
 @pytest.mark.parametrize("after_frames", range(20))

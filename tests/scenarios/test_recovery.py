@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm_client.span_stream import NOTICE_S
-from swarm_protocol.errors import CacheFullError, InvalidTensorError, MissingBlocksError, SessionClosedError
+from swarm_protocol.errors import CacheFullError, InvalidTensorError, MissingBlocksError, SessionClosedError, SwarmError
 from swarm_protocol.messages import OpenSession, Ping, Pong, SessionOpened, Step, StepReply, error_reply
 from swarm_protocol.spans import Span
 from swarm_protocol.tensors import from_wire, to_wire
@@ -250,31 +250,46 @@ async def test_a_cancelled_recovery_is_taken_up_by_the_next_step() -> None:
 
 @virtual
 async def test_without_room_for_its_tape_a_session_ends_as_it_did() -> None:
-    async with scene(HALVES[0], SECOND, SECOND) as s:
-        s.session._tapes.max_bytes = 5 * 4 * HIDDEN
+    async with scene(HALVES[0], HALVES[0], SECOND) as s:
+        s.tapes.max_bytes = 3 * 4 * HIDDEN
         await s.session.open(1)
         await s.steps(states(4))
         assert not s.session.is_whole
-        s.kill(used_index(s, SECOND))
+        s.kill(used_index(s, HALVES[0]))
         with pytest.raises(Exception, match="lost"):
             await s.steps(states(5)[:, 4:], first=4)
         await s.session.close()
-        assert s.session._tapes.used_bytes == 0
+        assert s.tapes.used_bytes == 0
+
+
+@virtual
+async def test_without_room_for_a_tape_at_a_node_a_session_ends_and_knows_why() -> None:
+    async with scene(HALVES[0], SECOND, SECOND) as s:
+        s.nodes[0].tapes.max_bytes = 3 * 4 * HIDDEN
+        await s.session.open(1)
+        await s.steps(states(4))
+        assert s.session.is_whole
+        s.kill(used_index(s, SECOND))
+        with pytest.raises(SwarmError, match="lost") as caught:
+            await s.steps(states(5)[:, 4:], first=4)
+        assert caught.value.retryable
+        assert not s.session.is_whole  # so that the text is computed again
 
 
 @virtual
 async def test_memory_of_tapes_is_given_back() -> None:
     async with scene(HALVES[0], SECOND, SECOND) as s:
+        at_first = s.nodes[0].tapes
         await s.session.open(1)
         await s.steps(states(4))
-        assert s.session._tapes.used_bytes == 2 * 4 * 4 * HIDDEN
+        assert s.tapes.used_bytes == at_first.used_bytes == 4 * 4 * HIDDEN
         s.kill(used_index(s, SECOND))
         await s.steps(states(5)[:, 4:], first=4)
-        assert s.session._tapes.used_bytes == 2 * 5 * 4 * HIDDEN
+        assert s.tapes.used_bytes == at_first.used_bytes == 5 * 4 * HIDDEN
         await s.steps(states(2)[:, 1:], first=1)  # rolls back
-        assert s.session._tapes.used_bytes == 2 * 2 * 4 * HIDDEN
+        assert s.tapes.used_bytes == at_first.used_bytes == 2 * 4 * HIDDEN
         await s.session.close()
-        assert s.session._tapes.used_bytes == 0
+        assert s.tapes.used_bytes == at_first.used_bytes == 0
 
 
 @dataclass(frozen=True)
@@ -290,7 +305,7 @@ FATES = st.lists(
     st.builds(
         Fate,
         st.floats(0.0, 1.5),
-        st.sampled_from(["kill", "freeze", "break", "cut", "thaw", "leave"]),
+        st.sampled_from(["kill", "freeze", "break", "cut", "part", "thaw", "leave"]),
         st.integers(0, 5),
     ),
     max_size=6,
@@ -347,6 +362,10 @@ async def fulfil(s: Scene, fates: Sequence[Fate]) -> None:
                 s.network.break_streams(s.client.peer_id, peer_id)
             case "cut":
                 s.network.cut(s.client.peer_id, peer_id)
+            case "part":  # from all other nodes, not from the client
+                for other in s.nodes:
+                    if other is not mortal[fate.index]:
+                        s.network.cut(peer_id, other.transport.peer_id)
             case "leave":
                 mortal[fate.index].node.sessions.close_all()
 
@@ -391,7 +410,7 @@ async def test_a_session_that_is_closed_during_a_recovery_leaves_nothing_behind(
             await step
         await settle()
         assert [len(served.node.sessions) for served in s.nodes[::2]] == [0, 0]
-        assert s.session._tapes.used_bytes == 0
+        assert s.tapes.used_bytes == 0
 
 
 @virtual

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm_client.prefix_tapes import PrefixTapes
-from swarm_client.prompt_pages import PromptPages
-from swarm_client.tape import Tape, TapeBudget
+from swarm_protocol.errors import TapeLostError
 from swarm_protocol.messages import PAGE_TOKENS
+from swarm_protocol.prefix_tapes import PrefixTapes
+from swarm_protocol.prompt_pages import PromptPages
+from swarm_protocol.tape import Tape, TapeBudget
 from swarm_protocol.tensors import from_wire, to_wire
 
 ROWS, HIDDEN = 3, 2
@@ -49,6 +51,11 @@ def test_chunks_are_what_a_cache_would_have_seen(events: Sequence[object], share
     assert all(1 <= states.shape[1] <= width for _, states in chunks)
     played = torch.cat([torch.zeros(ROWS, 0, HIDDEN), *(from_wire(states) for _, states in chunks)], dim=1)
     assert torch.equal(played, whole[:, :length])
+    if length:
+        start = length // 2
+        assert torch.equal(from_wire(tape.part(start, length)), whole[:, start:length])
+    with pytest.raises(TapeLostError):
+        tape.part(0, tape.length + 1)
     assert budget.used_bytes == whole.nbytes
     tape.drop()
     assert budget.used_bytes == 0
@@ -75,36 +82,46 @@ def pages(number: int) -> list[torch.Tensor]:
 
 
 def test_what_one_session_leaves_is_what_the_next_begins_with() -> None:
-    budget, hashes = TapeBudget(1 << 20), [(b"a", b"b", b"c"), (b"d", b"e", b"f")]
-    tapes = [Tape(budget), Tape(budget)]
-    prompt = PromptPages(budget, hashes)
-    assert prompt.begin(tapes, 0) == 0
+    budget, hashes = TapeBudget(1 << 20), (b"a", b"b", b"c")
+    tape, prompt = Tape(budget), PromptPages(budget.prefixes, hashes)
+    assert prompt.begin(tape, 0) == 0
     whole = torch.cat([*pages(3), torch.zeros(1, 5, HIDDEN)], dim=1)
     for first, last in ((0, 100), (100, 150)):
-        for tape in tapes:
-            tape.write(first, to_wire(whole[:, first:last]))
-        prompt.keep(tapes, first)
-    later = [Tape(budget), Tape(budget)]
-    used_bytes = budget.used_bytes
-    assert PromptPages(budget, hashes).begin(later, 3 * PAGE_TOKENS) == 2 * PAGE_TOKENS  # the third was not complete
+        tape.write(first, to_wire(whole[:, first:last]))
+        prompt.keep(tape, first)
+    later, used_bytes = Tape(budget), budget.used_bytes
+    found = PromptPages(budget.prefixes, hashes).begin(later, 3 * PAGE_TOKENS)
+    assert found == 2 * PAGE_TOKENS  # the third was not complete
     assert budget.used_bytes == used_bytes
-    for tape in later:
-        tape.write(128, to_wire(whole[:, 128:197]))
-        assert torch.equal(torch.cat([from_wire(states) for _, states in tape.chunks(197, 50)], dim=1), whole)
-        tape.cut(70)
-        assert torch.equal(torch.cat([from_wire(states) for _, states in tape.chunks(70, 50)], dim=1), whole[:, :70])
-        tape.drop()
-    assert PromptPages(budget, hashes).begin([Tape(budget), Tape(budget)], PAGE_TOKENS) == PAGE_TOKENS
+    later.write(128, to_wire(whole[:, 128:197]))
+    assert torch.equal(torch.cat([from_wire(states) for _, states in later.chunks(197, 50)], dim=1), whole)
+    later.cut(70)
+    assert torch.equal(torch.cat([from_wire(states) for _, states in later.chunks(70, 50)], dim=1), whole[:, :70])
+    later.drop()
+    assert PromptPages(budget.prefixes, hashes).begin(Tape(budget), PAGE_TOKENS) == PAGE_TOKENS
 
 
 def test_nothing_is_kept_behind_a_roll_back() -> None:
     budget = TapeBudget(1 << 20)
-    tape, prompt = Tape(budget), PromptPages(budget, [(b"a", b"b")])
+    tape, prompt = Tape(budget), PromptPages(budget.prefixes, (b"a", b"b"))
     tape.write(0, to_wire(pages(2)[0]))
-    prompt.keep([tape], 0)
+    prompt.keep(tape, 0)
     tape.write(10, to_wire(torch.cat(pages(2), dim=1)))
-    prompt.keep([tape], 10)
+    prompt.keep(tape, 10)
     assert len(budget.prefixes.find((b"a", b"b"))) == 1
+
+
+def test_a_share_counts_for_the_whole_and_ends_with_either() -> None:
+    whole = TapeBudget(4 * made(0, 1).nbytes)
+    first, second = (Tape(TapeBudget(3 * made(0, 1).nbytes, whole)) for _ in range(2))
+    first.write(0, to_wire(made(0, 3)))
+    second.write(0, to_wire(made(0, 1)))
+    assert (first.is_whole, second.is_whole, whole.used_bytes) == (True, True, whole.max_bytes)
+    second.write(1, to_wire(made(1, 1)))  # would fit into its share
+    assert not second.is_whole
+    first.write(3, to_wire(made(1, 1)))  # would fit into the whole
+    assert (first.is_whole, whole.used_bytes) == (False, 0)
+    assert whole.prefixes is first.budget.prefixes
 
 
 def test_the_least_recently_used_pages_go_first_and_ends_before_beginnings() -> None:

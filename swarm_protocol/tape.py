@@ -5,35 +5,35 @@ from dataclasses import dataclass, field
 
 import torch
 
-from swarm_client.prefix_tapes import PrefixTapes
+from swarm_protocol.errors import TapeLostError
 from swarm_protocol.messages import WireTensor
+from swarm_protocol.prefix_tapes import PrefixTapes
 from swarm_protocol.tensors import from_wire, to_wire
 
 PREFIX_SHARE = 0.25
 """Of what tapes may take: as much again, for prompts that begin alike."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class TapeBudget:
-    """What all tapes of a client may take together, and what they share."""
+    """What some tapes may take together, and what they share; `whole` is what these may take with others."""
 
     max_bytes: int
+    whole: "TapeBudget | None" = None
     used_bytes: int = 0
     prefixes: PrefixTapes = field(init=False)
 
     def __post_init__(self) -> None:
-        self.prefixes = PrefixTapes(int(PREFIX_SHARE * self.max_bytes))
+        self.prefixes = PrefixTapes(int(PREFIX_SHARE * self.max_bytes)) if self.whole is None else self.whole.prefixes
 
     def take(self, num_bytes: int) -> bool:
-        """Count `num_bytes` if they fit; return whether they did."""
-        if self.used_bytes + num_bytes > self.max_bytes:
+        """Count `num_bytes` if they fit; return whether they did. Fewer than none always fit."""
+        if num_bytes > 0 and self.used_bytes + num_bytes > self.max_bytes:
+            return False
+        if self.whole is not None and not self.whole.take(num_bytes):
             return False
         self.used_bytes += num_bytes
         return True
-
-    def give_back(self, num_bytes: int) -> None:
-        """Count `num_bytes` no longer."""
-        self.used_bytes -= num_bytes
 
 
 class Tape:
@@ -44,7 +44,7 @@ class Tape:
     """
 
     def __init__(self, budget: TapeBudget) -> None:
-        self._budget = budget
+        self.budget = budget
         self._parts: list[WireTensor] = []
         # How many of them, at the beginning, are not this tape's own, and count for nothing.
         self._num_shared = 0
@@ -67,15 +67,8 @@ class Tape:
             self._empty()
             self.is_whole, self.length = False, position
         self.length += states.shape[1]
-        num_bytes = memoryview(states.data).nbytes
-        if not self.is_whole or not num_bytes:
-            return
-        if self._budget.take(num_bytes):
-            self._parts.append(states)
-            self._num_bytes += num_bytes
-        else:
-            self._empty()
-            self.is_whole = False
+        if self.is_whole and memoryview(states.data).nbytes:
+            self._add(states)
 
     def reorder(self, row_order: tuple[int, ...]) -> None:
         """Let row i continue what row `row_order[i]` was."""
@@ -89,12 +82,10 @@ class Tape:
             if len(self._parts) < self._num_shared:
                 self._num_shared = len(self._parts)
             else:
-                self._count(-memoryview(last.data).nbytes)
+                self._take(-memoryview(last.data).nbytes)
             self.length -= last.shape[1]
             if self.length < length:
-                kept = to_wire(from_wire(last)[:, : length - self.length])
-                self._parts.append(kept)
-                self._count(memoryview(kept.data).nbytes)
+                self._add(to_wire(from_wire(last)[:, : length - self.length]))
                 self.length = length
         self.length = min(self.length, length)
         self._orders = [(min(count, len(self._parts)), order) for count, order in self._orders if self._parts]
@@ -116,13 +107,16 @@ class Tape:
             yield position, to_wire(torch.cat(waiting, dim=1))
 
     def part(self, start: int, end: int) -> WireTensor:
-        """Return the tokens from `start` to `end` of a tape of one row, which has them."""
+        """Return the tokens from `start` to `end`, one or more. Raises TapeLostError if they are not here."""
+        if not (self.is_whole and 0 <= start < end <= self.length):
+            raise TapeLostError(f"the tokens {start} to {end} are not on the tape any more")
         pieces, position = [], 0
-        for states in self._parts:
-            first, last = max(start, position), min(end, position + states.shape[1])
+        for part, rows in zip(self._parts, self._row_orders(), strict=True):
+            first, last = max(start, position), min(end, position + part.shape[1])
             if first < last:
-                pieces.append(from_wire(states)[:, first - position : last - position])
-            position += states.shape[1]
+                states = from_wire(part)[:, first - position : last - position]
+                pieces.append(states[list(rows)] if rows else states)
+            position += part.shape[1]
         return to_wire(torch.cat(pieces, dim=1))
 
     def drop(self) -> None:
@@ -130,6 +124,12 @@ class Tape:
         self._empty()
 
     def _permuted(self) -> Iterator[torch.Tensor]:
+        for part, rows in zip(self._parts, self._row_orders(), strict=True):
+            states = from_wire(part)
+            yield states[list(rows)] if rows else states
+
+    def _row_orders(self) -> list[Sequence[int]]:
+        """Return for each part which of its rows each row is by now; nothing if they are as they were."""
         # From the end, since what came later permuted all that was there.
         orders: list[Sequence[int]] = []
         order: Sequence[int] = ()
@@ -139,14 +139,20 @@ class Tape:
                 _, earlier = left.pop()
                 order = [earlier[row] for row in order] if order else earlier
             orders.append(order)
-        for part, rows in zip(self._parts, reversed(orders), strict=True):
-            states = from_wire(part)
-            yield states[list(rows)] if rows else states
+        return orders[::-1]
 
-    def _count(self, num_bytes: int) -> None:
-        self._num_bytes += num_bytes
-        self._budget.used_bytes += num_bytes
+    def _add(self, states: WireTensor) -> None:
+        if self._take(memoryview(states.data).nbytes):
+            self._parts.append(states)
+        else:
+            self._empty()
+            self.is_whole = False
+
+    def _take(self, num_bytes: int) -> bool:
+        has_room = self.budget.take(num_bytes)
+        self._num_bytes += num_bytes if has_room else 0
+        return has_room
 
     def _empty(self) -> None:
-        self._budget.give_back(self._num_bytes)
+        self.budget.take(-self._num_bytes)
         self._parts, self._orders, self._num_bytes, self._num_shared = [], [], 0, 0
