@@ -8,12 +8,13 @@ from functools import partial
 
 from swarm_client.config import ClientConfig
 from swarm_client.leg import Leg
+from swarm_client.node_line import HopLimits
 from swarm_client.prefix_hashes import TokenPrefix, page_hashes
 from swarm_client.routing.costs import RouteWish, Way
 from swarm_client.routing.find_route import Hop, ModelKey, find_route
 from swarm_client.routing.swarm_view import SwarmView
 from swarm_client.routing.watcher import SwarmWatcher
-from swarm_client.span_stream import HopLimits, SpanStream
+from swarm_client.span_stream import SpanStream
 from swarm_protocol.errors import ProtocolError, SwarmError
 from swarm_protocol.ids import ID_BYTES, PeerId, short_id, short_peer
 from swarm_protocol.spans import Span

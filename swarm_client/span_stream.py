@@ -6,15 +6,14 @@ stands for that step only: a step whose way is uncertain is completed under its 
 """
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
-from swarm_client.message_stream import MessageStream
+from swarm_client.node_line import HopLimits, NodeLine
 from swarm_client.routing.find_route import Hop, ModelKey
-from swarm_client.sent import NotBroughtError, Sent
+from swarm_client.sent import Sent
 from swarm_protocol.errors import (
     CacheFullError,
     InvalidTensorError,
@@ -33,14 +32,11 @@ from swarm_protocol.messages import (
     MAX_IN_FLIGHT,
     PAGE_TOKENS,
     PROTOCOL_VERSIONS,
-    SESSION_PROTOCOL,
     CloseSession,
     ErrorReply,
     Message,
     Onward,
     OpenSession,
-    Ping,
-    Pong,
     ResumeSession,
     SendTape,
     SessionClosed,
@@ -62,27 +58,8 @@ RESUME_PAUSE_S = 0.3
 RESUME_TRY_S = 1.0
 """For the first try where another node could do the work: a node that is well answers sooner."""
 
-NOTICE_S = 1.0
-"""Within this, or four of its usual steps, a node that gives no sign of life is found out."""
-
-WATCHED_BYTES = 64 * 1024
-"""What is sent of a larger step may fill every buffer on the way to a node that is frozen."""
-
 _REQUESTS = 1 << 60
 """Where the numbers of what is asked besides steps begin."""
-
-SLOWEST_BYTES_PER_S = 256 * 1024
-"""What a link is given for a step's values, both ways, before a node is asked whether it is alive: 2 Mbit/s."""
-
-
-@dataclass(frozen=True, slots=True)
-class HopLimits:
-    """Deadlines of one hop, and how far ahead it reserves, as in `ClientConfig`."""
-
-    open_s: float
-    step_s: float
-    resume_s: float
-    reserve_tokens: int
 
 
 def tokens_to_reserve(num_tokens: int, ahead: int, max_length: int) -> int:
@@ -108,13 +85,10 @@ class SpanStream:
         is_replaceable: Callable[[], Awaitable[bool]],
     ) -> None:
         self.hop = hop
-        self._is_replaceable = is_replaceable
-        self._usual_s = 0.0
-        self._transport = transport
         self._limits = limits
         self._session_id = session_id
         self._state = SessionState(max_length, MAX_IN_FLIGHT)
-        self._stream: MessageStream | None = None
+        self._line = NodeLine(transport, hop, self._state, limits, is_replaceable)
         self._resume_token = b""
         self._planned: deque[Sent] = deque()
         self._open: deque[Sent] = deque()
@@ -150,8 +124,8 @@ class SpanStream:
             downstream,
             prefix,
         )
-        async with self._deadline(self._limits.open_s, "opening a session"):
-            reply = await self._ask(request)
+        async with self._line.deadline(self._limits.open_s, "opening a session"):
+            reply = await self._line.ask(request)
         if not isinstance(reply, SessionOpened):
             raise UnexpectedMessageError(f"{type(reply).__name__} came, SessionOpened was expected")
         if reply.version not in PROTOCOL_VERSIONS:
@@ -208,7 +182,7 @@ class SpanStream:
         except BaseException:
             self.forget(sent)
             raise
-        is_there = sent.message is not None and sent.sent_on is not None and sent.sent_on is self._stream
+        is_there = sent.message is not None and sent.sent_on is not None and sent.sent_on is self._line.stream
         if is_there and sent.message is not None and not sent.message.onward and sent.message.wants_output:
             return  # its output is on its way
         sent.may_go_on |= bool(onward) or not wants_output
@@ -216,11 +190,11 @@ class SpanStream:
             sent.step_id, sent.position, states, sent.row_order, sent.max_tokens, onward, wants_output, upstream
         )
         try:
-            await self._send(replace(message, hidden_states=_nothing(sent)) if is_there else message, sent)
-            sent.sent_on = self._stream
+            await self._line.send(replace(message, hidden_states=_nothing(sent)) if is_there else message, sent)
+            sent.sent_on = self._line.stream
         except StreamLostError as error:
             logger.info("stream lost (%s) %s", error, self._where)
-            await self._drop()  # `reply` takes it up again
+            await self._line.drop()  # `reply` takes it up again
 
     async def reply(self, sent: Sent, *, is_brought: bool = False) -> StepReply:
         """Return the reply to a step, which other nodes bring if `is_brought`. A dropped stream is taken up again.
@@ -229,19 +203,7 @@ class SpanStream:
         the session usable only if this hop is replaced.
         """
         await self._begin(sent)
-        async with self._deadline(self._limits.step_s, f"step {sent.step_id}"):
-            while not sent.is_answered:
-                try:
-                    self._take(await self._receive_watched(sent, is_brought=is_brought))
-                except StreamLostError as error:
-                    logger.info("stream lost (%s), resuming %s", error, self._where)
-                    await self._drop()
-                    await self._resume()
-                except ProtocolError:
-                    await self._drop()  # what came is no answer, and nothing behind it can be trusted
-                    raise
-        if sent.error is not None:
-            raise sent.error
+        await self._wait(sent, is_brought=is_brought)
         assert sent.reply is not None
         return sent.reply
 
@@ -294,7 +256,7 @@ class SpanStream:
         """Free the session at the node. Idempotent; a node that cannot be reached frees it after its grace period."""
         was_open = self._state.state is State.OPEN
         self._state.closed()
-        stream, self._stream = self._stream, None
+        stream, self._line.stream = self._line.stream, None
         if stream is None:
             return
         try:
@@ -310,34 +272,38 @@ class SpanStream:
 
     async def _answer_to(self, message: Step | SendTape, asked: Sent) -> WireTensor:
         self._asked = asked
-        is_sent = False
         try:
-            async with self._deadline(self._limits.step_s, f"asking for step {asked.step_id} again"):
-                while not asked.is_answered:
-                    try:
-                        if not is_sent:
-                            await self._send(message, asked)
-                            is_sent = True
-                        self._take(await self._receive_watched(asked))
-                    except StreamLostError as error:
-                        logger.info("stream lost (%s), resuming %s", error, self._where)
-                        await self._drop()
-                        await self._resume()
-                        is_sent = False
-                    except ProtocolError:
-                        await self._drop()
-                        raise
+            await self._wait(asked, question=message)
         finally:
             self._asked = None
-        if asked.error is not None:
-            raise asked.error
         assert asked.reply is not None
         return asked.reply.hidden_states
+
+    async def _wait(self, sent: Sent, *, question: Step | SendTape | None = None, is_brought: bool = False) -> None:
+        """Wait for an answer, and ask `question` before that, and again on every stream that replaces a dropped one."""
+        is_asked = question is None
+        async with self._line.deadline(self._limits.step_s, f"step {sent.step_id}"):
+            while not sent.is_answered:
+                try:
+                    if question is not None and not is_asked:
+                        await self._line.send(question, sent)
+                        is_asked = True
+                    self._take(await self._line.receive(sent, is_brought=is_brought))
+                except StreamLostError as error:
+                    logger.info("stream lost (%s), resuming %s", error, self._where)
+                    await self._line.drop()
+                    await self._resume()
+                    is_asked = question is None
+                except ProtocolError:
+                    await self._line.drop()  # what came is no answer, and nothing behind it can be trusted
+                    raise
+        if sent.error is not None:
+            raise sent.error
 
     async def _begin(self, sent: Sent) -> None:
         if sent.has_begun:
             return
-        if self._stream is None and self._state.state is State.DETACHED:
+        if self._line.stream is None and self._state.state is State.DETACHED:
             await self._resume()
         if not self._planned or self._planned[0] is not sent:
             raise StepOrderError(f"step {sent.step_id} is not the next one")
@@ -345,26 +311,6 @@ class SpanStream:
         self._planned.popleft()
         sent.has_begun = True
         self._open.append(sent)
-
-    async def _send(self, message: Step | SendTape, sent: Sent) -> None:
-        if self._stream is None:
-            raise StreamLostError(f"no stream to {short_peer(self.hop.peer_id)}")
-        is_large = isinstance(message, Step) and memoryview(message.hidden_states.data).nbytes > WATCHED_BYTES
-        sending = asyncio.ensure_future(self._stream.send(message)) if is_large else None
-        try:
-            if sending is None:
-                await self._stream.send(message)
-                return
-            while not (await asyncio.wait([sending], timeout=self._patience_s(sent)))[0]:
-                if await self._is_replaceable():
-                    raise StepTimeoutError(f"{short_peer(self.hop.peer_id)} does not take what is sent to it")
-            sending.result()
-        except (asyncio.CancelledError, StepTimeoutError):
-            if sending is not None:
-                sending.cancel()
-                await asyncio.gather(sending, return_exceptions=True)
-            await self._drop()
-            raise
 
     def _take(self, message: Message) -> None:
         """Put a reply to the step or question that it belongs to. Raises ProtocolError if it belongs to none."""
@@ -408,63 +354,22 @@ class SpanStream:
             return None
         raise StepOrderError(f"an answer to {number} came, which is not awaited")
 
-    async def _receive_watched(self, sent: Sent, *, is_brought: bool = False) -> Message:
-        """Return the next message but a Pong. While none comes, ask the node for a sign of life: a prefill may take its
-        time.
-
-        Raises StepTimeoutError if it gives none and could be replaced, NotBroughtError if it is alive without the step.
-        """
-        if self._stream is None:
-            raise StreamLostError(f"no stream to {short_peer(self.hop.peer_id)}")
-        loop = asyncio.get_running_loop()
-        started_s, patience_s = loop.time(), self._patience_s(sent)
-        is_asked = False
-        while True:
-            try:
-                async with asyncio.timeout(patience_s):
-                    message = await self._stream.receive()
-            except TimeoutError:
-                if is_asked and await self._is_replaceable():
-                    raise StepTimeoutError(
-                        f"{short_peer(self.hop.peer_id)} gives no sign of life since {loop.time() - started_s:.1f} s"
-                    ) from None
-                if not is_asked:
-                    await self._stream.send(Ping(sent.step_id))
-                    is_asked = True
-                continue
-            if not isinstance(message, Pong):
-                if sent.shape[1] == 1:
-                    self._usual_s += 0.2 * (loop.time() - started_s - self._usual_s)
-                return message
-            if is_brought and message.last_step_id < sent.step_id:
-                raise NotBroughtError(f"step {sent.step_id} does not arrive at {short_peer(self.hop.peer_id)}")
-            is_asked = False
-
-    def _patience_s(self, sent: Sent) -> float:
-        """Return how long a node that is well may be silent, at most, before it is asked."""
-        return max(NOTICE_S, 4 * self._usual_s) / 2 + 2 * sent.num_bytes / SLOWEST_BYTES_PER_S
-
-    async def _drop(self) -> None:
-        if self._state.state is State.OPEN:
-            self._state.dropped()
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            await stream.close()
-
     async def _resume(self) -> None:
         """Take the session up on a new stream, and send again what this client had sent and the node has not got."""
         last_error: SwarmError = StreamLostError(f"the stream to {short_peer(self.hop.peer_id)} was lost")
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + self._limits.resume_s
-        may_leave = await self._is_replaceable()
+        may_leave = await self._line.is_replaceable()
         while loop.time() < give_up_s:
             try:
                 request = ResumeSession(self._session_id, self._resume_token, self._state.last_finished)
-                async with self._deadline(RESUME_TRY_S if may_leave else self._limits.resume_s, "resuming a session"):
-                    reply = await self._ask(request)
+                async with self._line.deadline(
+                    RESUME_TRY_S if may_leave else self._limits.resume_s, "resuming a session"
+                ):
+                    reply = await self._line.ask(request)
             except (PeerUnreachableError, StreamLostError, StepTimeoutError) as error:
                 last_error = error
-                may_leave = await self._is_replaceable()
+                may_leave = await self._line.is_replaceable()
                 if may_leave:
                     break
                 await asyncio.sleep(RESUME_PAUSE_S)
@@ -474,38 +379,14 @@ class SpanStream:
                     raise UnexpectedMessageError(f"{type(reply).__name__} came, SessionResumed was expected")
                 lacking = self._state.steps_to_resend(reply.last_step_id)
             except ProtocolError:
-                await self._drop()
+                await self._line.drop()
                 raise
             for sent in self._open:
                 if sent.step_id in lacking and sent.message is not None:
-                    await self._send(sent.message, sent)
-                sent.sent_on = self._stream
+                    await self._line.send(sent.message, sent)
+                sent.sent_on = self._line.stream
             return
         raise StreamLostError(f"the stream to {short_peer(self.hop.peer_id)} was lost: {last_error}")
-
-    async def _ask(self, request: OpenSession | ResumeSession) -> Message:
-        frames = await self._transport.dial(self.hop.peer_id, SESSION_PROTOCOL)
-        stream = MessageStream(frames)
-        try:
-            await stream.send(request)
-            reply = await stream.receive()
-            if isinstance(reply, ErrorReply):
-                raise error_from_wire(reply.code, reply.message, reply.retryable)
-        except BaseException:
-            await stream.close()
-            raise
-        self._stream = stream
-        return reply
-
-    @contextlib.asynccontextmanager
-    async def _deadline(self, timeout_s: float, what: str) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(timeout_s):
-                yield
-        except TimeoutError:
-            raise StepTimeoutError(
-                f"{what} at {short_peer(self.hop.peer_id)} took longer than {timeout_s:g} s"
-            ) from None
 
     @property
     def _where(self) -> str:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from server_node.config import NodeLimits
+from swarm_client.node_line import NOTICE_S
 from swarm_client.routing.link_health import RETRY_S
 from swarm_client.routing.peer_health import PeerHealth
 from swarm_client.routing.watcher import LOOKUP_S, SwarmWatcher
 from swarm_client.row_groups import open_together
-from swarm_client.span_stream import NOTICE_S
 from swarm_client.swarm_session import SwarmSession
 from swarm_protocol.errors import (
     CacheFullError,

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm_client.span_stream import NOTICE_S
+from swarm_client.node_line import NOTICE_S
 from swarm_protocol.errors import CacheFullError, InvalidTensorError, MissingBlocksError, SessionClosedError, SwarmError
 from swarm_protocol.messages import OpenSession, Ping, Pong, SessionOpened, Step, StepReply, error_reply
 from swarm_protocol.spans import Span
@@ -415,9 +415,9 @@ async def test_a_session_that_is_closed_during_a_recovery_leaves_nothing_behind(
 
 @virtual
 async def test_a_frozen_node_that_takes_no_more_bytes_is_found_out() -> None:
-    async with scene(HALVES[0], SECOND, SECOND) as s:
+    async with scene(HALVES[0], HALVES[0], SECOND) as s:
         await s.session.open(1)
-        stream = s.session._legs[1].stream._stream
+        stream = s.session._legs[0].stream._line.stream
         assert stream is not None
 
         async def send_for_ever(_: Any) -> None:
@@ -426,7 +426,7 @@ async def test_a_frozen_node_that_takes_no_more_bytes_is_found_out() -> None:
         stream.send = send_for_ever  # type: ignore[method-assign]
         started_s = now_s()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("swarm_client.span_stream.WATCHED_BYTES", 1000)
+            patch.setattr("swarm_client.node_line.WATCHED_BYTES", 1000)
             result = await s.session.step(to_wire(states(12)), 0)
         assert now_s() - started_s < NOTICE_S + 0.2
         assert_close(from_wire(result.outputs[-1]), local_output(states(12)))
