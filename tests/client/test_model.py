@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from swarm_protocol.errors import (
     SessionClosedError,
 )
 from swarm_protocol.spans import Span
-from tests.local_swarm import LocalSwarm
+from tests.local_swarm import CLIENT_CONFIG, LocalSwarm
 from tests.tiny_models import TINY_CONFIGS, save_tiny_model
 
 PAD = 0
@@ -265,9 +266,11 @@ def test_a_session_that_gets_too_long_says_so_and_stays_usable(llama: Pair) -> N
         assert llama.remote.generate(ids(), max_new_tokens=2, do_sample=False).shape == (1, 9)
 
 
-def test_more_than_the_nodes_can_hold_is_refused(llama: Pair) -> None:
-    with pytest.raises(CacheFullError, match="attention cache is full"):
-        llama.remote.generate(ids(), max_new_tokens=100_000)
+def test_more_than_the_nodes_can_hold_is_refused(tmp_path: Path) -> None:
+    # A swarm of its own: it computes until the cache is full, and waits for another.
+    pair = Pair("llama", tmp_path, cache_tokens=300, config=replace(CLIENT_CONFIG, max_wait_s=0.5))
+    with pair.served, pytest.raises(CacheFullError, match="attention cache is full"):
+        pair.remote.generate(ids(), max_new_tokens=100_000)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from swarm_protocol.errors import (
     SwarmError,
 )
 from tests.client.test_model import Pair, close, ids, padded
+from tests.local_swarm import CLIENT_CONFIG
 from tests.tiny_models import tiny_model
 
 
@@ -284,13 +286,13 @@ def stop(token_ids: torch.Tensor, _: Any) -> torch.Tensor:
 
 
 def test_rows_of_which_some_cannot_be_held_leave_nothing_open(tmp_path: Path) -> None:
-    pair = Pair("llama", tmp_path)
+    pair = Pair("llama", tmp_path, cache_tokens=512, config=replace(CLIENT_CONFIG, max_wait_s=0.5))
     tokens, mask = padded()
     with pair.served:
-        for _ in range(3):  # a node has memory for 4,096 tokens: for the one padded row or the two others, not for all
+        for _ in range(3):  # a node has memory for 512 tokens: for the one padded row or the two others, not for all
             with pytest.raises(CacheFullError):
-                pair.remote.generate(tokens, attention_mask=mask, max_new_tokens=1500)
-        assert pair.remote.generate(ids(1), max_length=4000, max_new_tokens=None, stopping_criteria=[stop]).shape == (
+                pair.remote.generate(tokens, attention_mask=mask, max_new_tokens=187)
+        assert pair.remote.generate(ids(1), max_length=500, max_new_tokens=None, stopping_criteria=[stop]).shape == (
             1,
             8,
         )
