@@ -9,6 +9,7 @@
 PYTHON ?= python3
 PORT ?= 5000
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -46,9 +47,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Files of tests are shared among processes, a file in one of them, so that it starts its sites and models once. They are
+# begun in the order of their names: pytest-xdist's own order has those with few tests last, which are the longest.
 test: lint chromium
 	if command -v node >/dev/null; then node --test tests/js/*.test.mjs; else echo "no node: the JavaScript units are not run"; fi
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The browser tests drive Chromium; where it is missing and we may, it is installed, else those tests say that it is not.
 chromium:
