@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swarm_client.config import ClientConfig
+    from swarm_client.events import Recovered, RouteChanged, RoutePart, Waiting
     from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta, TextModel, TextSession
+    from swarm_client.generation_times import GenerationTimes
     from swarm_client.inference_session import InferenceSession
     from swarm_client.model import AutoDistributedModelForCausalLM, DistributedCausalLM
     from swarm_client.swarm import Swarm
@@ -27,13 +29,18 @@ __all__ = [
     "ChatMessage",
     "ClientConfig",
     "DistributedCausalLM",
+    "GenerationTimes",
     "InferenceSession",
+    "Recovered",
+    "RouteChanged",
+    "RoutePart",
     "SamplingParams",
     "Swarm",
     "SwarmError",
     "TextDelta",
     "TextModel",
     "TextSession",
+    "Waiting",
     "open_text_model",
 ]
 
@@ -42,13 +49,18 @@ _HOMES = {
     "ChatMessage": "swarm_client.generation.text_session",
     "ClientConfig": "swarm_client.config",
     "DistributedCausalLM": "swarm_client.model",
+    "GenerationTimes": "swarm_client.generation_times",
     "InferenceSession": "swarm_client.inference_session",
+    "Recovered": "swarm_client.events",
+    "RouteChanged": "swarm_client.events",
+    "RoutePart": "swarm_client.events",
     "SamplingParams": "swarm_client.generation.text_session",
     "Swarm": "swarm_client.swarm",
     "SwarmError": "swarm_protocol.errors",
     "TextDelta": "swarm_client.generation.text_session",
     "TextModel": "swarm_client.generation.text_session",
     "TextSession": "swarm_client.generation.text_session",
+    "Waiting": "swarm_client.events",
     "open_text_model": "swarm_client.text_models",
 }
 

@@ -24,7 +24,8 @@ class ClientConfig:
     route_attempts  how many routes are tried when nodes refuse or cannot be reached
     reserve_tokens  how many tokens a session reserves ahead of those that it has, or a quarter of them if that is more;
                     less reserves more often, which costs nothing but finds a node full in the middle of an answer
-    max_wait_s      how long a step waits for blocks whose node is gone and that nobody else serves; 0 fails at once
+    max_wait_s      how long a session waits for blocks that nobody serves, before its first step and when their node is
+                    gone; 0 fails at once
     tape_bytes      what all sessions together may keep of the states that went into nodes, to play them to others; a
                     session beyond that is computed again from its tokens
     reuse_prefixes  whether nodes may keep what they computed of a prompt for this client's later sessions

@@ -1,24 +1,26 @@
 """Inference sessions as users see them: tensors in, tensors out, KV caches at the nodes."""
 
-import concurrent.futures
 import contextlib
 import contextvars
-import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from swarm_client.config import ClientConfig
+from swarm_client.events import EventListener, Recovered
+from swarm_client.generation_times import GenerationTimes
 from swarm_client.leg import HopTiming, StepResult
 from swarm_client.loop_thread import LoopThread
 from swarm_client.prefix_hashes import TokenPrefix
 from swarm_client.row_groups import RowGroup, all_of, close_together, open_together
+from swarm_client.step_runner import StepRunner
 from swarm_client.swarm_session import SwarmSession
+from swarm_client.time_log import TimeLog
 from swarm_protocol.errors import (
-    CancelledStepError,
     InvalidRequestError,
     MaxLengthError,
     SessionClosedError,
@@ -26,8 +28,6 @@ from swarm_protocol.errors import (
 )
 from swarm_protocol.messages import MAX_BATCH_ROWS
 from swarm_protocol.tensors import dtype_name, from_wire, to_wire
-
-T = TypeVar("T")
 
 _active: "contextvars.ContextVar[InferenceSession | None]" = contextvars.ContextVar("umbel_session", default=None)
 
@@ -51,8 +51,12 @@ class InferenceSession:
         config: ClientConfig,
         open_rows: Callable[[int, int], SwarmSession],
         max_length: int,
+        on_event: EventListener | None = None,
     ) -> None:
-        """`open_rows(batch_size, max_length)` makes a SwarmSession, not yet open. Mostly made by a model."""
+        """`open_rows(batch_size, max_length)` makes a SwarmSession, not yet open. Mostly made by a model.
+
+        `on_event` is told what happens to the route, by the thread that waits for a step; what it raises ends that.
+        """
         if max_length < 1:
             raise InvalidRequestError(f"max_length is {max_length}; at least 1 token is needed")
         self.max_length = max_length
@@ -64,6 +68,9 @@ class InferenceSession:
         """Where the time of the last step went, hop by hop."""
         self.span_outputs: tuple[torch.Tensor, ...] = ()
         """The hidden states (batch, seq, hidden) of the last step after every span, if asked for."""
+        self.time_log = TimeLog()
+        """Collects the times of the steps; a generation that begins restarts it."""
+        self._step_timings: list[HopTiming] = []
         self._loop = loop
         self._config = config
         self._open_rows = open_rows
@@ -72,10 +79,7 @@ class InferenceSession:
         self._padding: tuple[int, ...] = ()
         self._position = 0
         self._row_order: torch.Tensor | None = None
-        self._running: concurrent.futures.Future[Any] | None = None
-        self._cancel_lock = threading.Lock()
-        self._is_cancellable = False
-        self._is_cancelled = False
+        self._runner = StepRunner(loop, on_event)
         self._is_closed = False
         self._is_broken = False
         self._tokens: list[contextvars.Token[InferenceSession | None]] = []
@@ -102,6 +106,20 @@ class InferenceSession:
     def padding(self) -> tuple[int, ...]:
         """The left padding columns of each row; empty before the first step."""
         return self._padding
+
+    @property
+    def on_event(self) -> EventListener | None:
+        """Who is told what happens to the route; may be exchanged between two steps."""
+        return self._runner.listener
+
+    @on_event.setter
+    def on_event(self, listener: EventListener | None) -> None:
+        self._runner.listener = listener
+
+    @property
+    def times(self) -> GenerationTimes:
+        """Where the time of the last generation went; without one, that of all steps."""
+        return self.time_log.report()
 
     @property
     def is_taped(self) -> bool:
@@ -137,7 +155,8 @@ class InferenceSession:
             raise MaxLengthError(self._position, columns, self.max_length)
         with self.cancellable():
             self._prepare(hidden_states.shape[0], padding, columns)
-            outputs = self._step_chunks(hidden_states, with_span_outputs)
+            with self._timed(columns):
+                outputs = self._step_chunks(hidden_states, with_span_outputs)
         depth = min(len(parts) for parts in outputs)
         spans = [_joined(parts) for parts in zip(*(parts[-depth:] for parts in outputs), strict=True)]
         spans = [span.to(hidden_states.device) for span in spans]
@@ -159,22 +178,11 @@ class InferenceSession:
 
     def cancel(self) -> None:
         """Let a step that runs in another thread end now with CancelledStepError; the session stays usable."""
-        with self._cancel_lock:
-            self._is_cancelled = True
-            if self._running is not None:
-                self._running.cancel()
+        self._runner.cancel()
 
-    @contextlib.contextmanager
-    def cancellable(self) -> Iterator[None]:
+    def cancellable(self) -> contextlib.AbstractContextManager[None]:
         """Let a `cancel` that comes between the steps inside end the next one of them; outside it would do nothing."""
-        is_outermost = not self._is_cancellable
-        if is_outermost:
-            self._is_cancellable, self._is_cancelled = True, False
-        try:
-            yield
-        finally:
-            if is_outermost:
-                self._is_cancellable = False
+        return self._runner.cancellable()
 
     def reorder(self, row_order: torch.Tensor) -> None:
         """Let row i continue what row `row_order[i]` was; carried out with the next step."""
@@ -223,6 +231,32 @@ class InferenceSession:
             if not self._tokens:
                 self.close()
 
+    def went_on(self, began_s: float, num_tokens: int) -> None:
+        """Tell that the caller had all tokens computed again after what failed at `began_s` of `time.perf_counter`."""
+        self.time_log.recovered(num_tokens)
+        if self.on_event is not None:
+            self.on_event(Recovered(time.perf_counter() - began_s, num_tokens))
+
+    @contextlib.contextmanager
+    def _timed(self, columns: int) -> Iterator[None]:
+        """Log the step of `columns` columns that runs inside; one that fails counts as stall of the next."""
+        self._step_timings.clear()
+        started_s = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            self._stalled_s()
+            self.time_log.failed(started_s, time.perf_counter())
+            raise
+        self.time_log.stepped(started_s, time.perf_counter(), columns, self._step_timings, self._stalled_s())
+
+    def _stalled_s(self) -> float:
+        """Return how long what ran was held up by recovering."""
+        recovered = self._runner.take_recovered()
+        for event in recovered:
+            self.time_log.recovered(event.num_tokens)
+        return sum(event.stall_s for event in recovered)
+
     def _check_open(self) -> None:
         if self._is_closed:
             raise SessionClosedError("the session is closed; open a new one")
@@ -251,11 +285,15 @@ class InferenceSession:
             )
             for width in sorted(set(padding))
         ]
-        cached = self._run(
+        for group in groups:
+            group.session.news.listener = self._runner.put
+        started_s = time.perf_counter()
+        cached = self._runner.run(
             lambda: open_together(
                 [group.session for group in groups], [group.position(columns) for group in groups], prefix
             )
         )
+        self.time_log.opened(started_s, time.perf_counter(), self._stalled_s())
         self._groups, self._batch_size, self._padding = groups, rows, padding
         return min(cached)
 
@@ -287,7 +325,7 @@ class InferenceSession:
     ) -> list[tuple[torch.Tensor, ...]]:
         """Run rows that are all in one group, without padding."""
         columns, start = hidden_states.shape[1], group.position(self._position)
-        results = self._run(
+        results = self._runner.run(
             lambda: group.session.run(
                 lambda first, end: to_wire(hidden_states[:, first:end]), columns, start, every_span=with_span_outputs
             )
@@ -310,40 +348,16 @@ class InferenceSession:
                 continue  # nothing but padding
             rows = chunk if len(self._groups) == 1 else chunk[group.rows]
             busy.append(group)
-            steps.append(
-                partial(
-                    group.session.step,
-                    to_wire(rows[:, first:]),
-                    group.position(start),
-                    order,
-                    every_span=with_span_outputs,
-                )
-            )
+            take_step = partial(group.session.step, every_span=with_span_outputs)
+            steps.append(partial(take_step, to_wire(rows[:, first:]), group.position(start), order))
         try:
-            results = self._run(lambda: all_of(steps))
+            results = self._runner.run(lambda: all_of(steps))
         except BaseException:
             if any(order is not None for order in orders):
                 self.close()  # which rows were exchanged already is not known
             raise
         self._row_order = None
         return self._assemble(chunk, busy, results, with_span_outputs)
-
-    def _run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        with self._cancel_lock:
-            if self._is_cancelled:
-                raise CancelledStepError("the step was cancelled")
-            self._running = running = self._loop.submit(work())
-        try:
-            return running.result()
-        except concurrent.futures.CancelledError:
-            if not self._is_cancelled:
-                raise SessionClosedError("the connection to the swarm was closed") from None
-            raise CancelledStepError("the step was cancelled") from None
-        except BaseException:
-            running.cancel()
-            raise
-        finally:
-            self._running = None
 
     def _assemble(
         self, chunk: torch.Tensor, busy: Sequence[RowGroup], results: Sequence[StepResult], with_span_outputs: bool
@@ -352,6 +366,7 @@ class InferenceSession:
         if not results:
             return (torch.zeros_like(chunk, device="cpu"),) * len(self._groups[0].session.route)
         self.last_timings = results[-1].timings
+        self._step_timings += [timing for result in results for timing in result.timings]
         if len(self._groups) == 1 and results[0].outputs[-1].shape[1] == chunk.shape[1]:
             return tuple(from_wire(output) for output in results[0].outputs[0 if with_span_outputs else -1 :])
         is_same = len({tuple(timing.hop.span for timing in result.timings) for result in results}) == 1

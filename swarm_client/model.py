@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Any, cast
 
 import torch
@@ -16,8 +17,10 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import ModelOutput
 
 from swarm_client.config import ClientConfig
+from swarm_client.events import EventListener
 from swarm_client.generation.text_model import DistributedTextModel
-from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta
+from swarm_client.generation.text_session import ChatMessage, SamplingParams
+from swarm_client.generation.text_stream import TextStream
 from swarm_client.inference_session import InferenceSession, active_session
 from swarm_client.remote_blocks import BlocksCall, RemoteBlocks, RemoteCache, blocks_call, left_padding
 from swarm_client.routing.find_route import ModelKey
@@ -58,9 +61,12 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
     ends: EndsModule
     checkpoint: Checkpoint
 
-    def inference_session(self, *, max_length: int) -> InferenceSession:
-        """Return a session for up to `max_length` tokens a row; a context manager. Caches are reserved at first use."""
-        return self.remote_blocks.session(max_length)
+    def inference_session(self, *, max_length: int, on_event: EventListener | None = None) -> InferenceSession:
+        """Return a session for up to `max_length` tokens a row; a context manager. Caches are reserved at first use.
+
+        `on_event` is told what happens to the route (`swarm_client.events`), by the thread that waits for the step.
+        """
+        return self.remote_blocks.session(max_length, on_event)
 
     def _forward(self, family_forward: Callable[..., Any], **kwargs: Any) -> Any:
         """Run the family's forward with the session's cache. Inside a session only new tokens are passed.
@@ -113,7 +119,7 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
                 return super().generate(inputs, generation_config, *args, **kwargs)
             before = _token_ids_before(session, inputs, kwargs)
             session.recover()
-            with _kept_on_error(session, generation), session.cancellable():
+            with _kept_on_error(session, generation), session.cancellable(), session.time_log.generation(perf_counter):
                 if before is not None:
                     inputs = _behind(before, inputs)
                     mask = kwargs.get("attention_mask")
@@ -135,27 +141,20 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
         return found
 
     def stream(
-        self, prompt: str | Sequence[ChatMessage], params: SamplingParams, *, max_length: int | None = None
-    ) -> Iterator[TextDelta]:
+        self,
+        prompt: str | Sequence[ChatMessage],
+        params: SamplingParams,
+        *,
+        max_length: int | None = None,
+        on_event: EventListener | None = None,
+    ) -> TextStream:
         """Yield the continuation of a text, or the answer to messages, as text deltas; closing the iterator cancels.
 
         For several turns over one cache use `text_model().open_session(…)`. `max_length` None makes the session as
-        long as prompt and `params.max_new_tokens` need. Raises SwarmError.
+        long as prompt and `params.max_new_tokens` need. `on_event` is told what happens to the route, by the thread
+        that asks for the next delta. Raises SwarmError.
         """
-        text_model = self.text_model()
-        if max_length is None:
-            ids = text_model.encode(prompt) if isinstance(prompt, str) else text_model.chat_token_ids(prompt)
-            # Two more for special tokens at both ends.
-            max_length = min(text_model.max_length, len(ids) + 2 + params.max_new_tokens)
-        text_session = text_model.open_session(max_length)
-        try:
-            if isinstance(prompt, str):
-                text_session.append_text(prompt)
-            else:
-                text_session.set_messages(prompt)
-            yield from text_session.generate(params)
-        finally:
-            text_session.close()
+        return TextStream(self.text_model(), prompt, params, max_length, on_event)
 
     def _prepare_cache_for_generation(
         self,

@@ -1,18 +1,23 @@
-"""Pure: whose fault an error of a step is, and whether its session can stay where it is."""
+"""Pure: whose fault an error of a step is, whether its session can stay where it is, and how long it waits if not."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 
+from swarm_client.events import LOOKING, RouteReason, Waiting
 from swarm_protocol.errors import (
     CacheFullError,
     InternalError,
     InvalidTensorError,
     LimitExceededError,
+    MissingBlocksError,
     NodeDrainingError,
     ProtocolError,
     SessionClosedError,
     SessionNotFoundError,
     SwarmError,
 )
+from swarm_protocol.spans import Span
 
 MAX_WRONG_ANSWERS = 3
 """In one step: so many nodes that answer wrongly one after the other mean that it is not the nodes."""
@@ -53,3 +58,37 @@ def has_forgotten(error: SwarmError) -> bool:
 def is_wrong_answer(error: SwarmError) -> bool:
     """Whether the node is there but does the wrong thing, so that waiting for it is of no use."""
     return isinstance(error, ProtocolError | InternalError)
+
+
+def reason_of(error: SwarmError) -> RouteReason:
+    """Return why the blocks of a node that answered with `error` go elsewhere."""
+    match error:
+        case NodeDrainingError():
+            return "node_leaving"
+        case CacheFullError() | LimitExceededError():
+            return "node_full"
+        case SessionClosedError() | SessionNotFoundError():
+            return "session_forgotten"
+        case ProtocolError() | InternalError():
+            return "wrong_answer"
+        case _:
+            return "node_lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long blocks that have no node are waited for, from `since_s` on."""
+
+    since_s: float
+    max_wait_s: float
+
+    def lasts(self, until_s: float) -> bool:
+        """Whether a try at `until_s` still counts."""
+        return until_s <= self.since_s + self.max_wait_s
+
+    def waiting(self, spans: Sequence[Span], cause: SwarmError | None, now_s: float) -> Waiting:
+        """Return what to tell at `now_s`: `cause` is what the last try ended with, None before the first."""
+        named = cause.missing if isinstance(cause, MissingBlocksError) else ()
+        waited_s = now_s - self.since_s
+        left_s = max(0.0, self.max_wait_s - waited_s)
+        return Waiting(tuple(named or spans), LOOKING if cause is None else cause.code, waited_s, left_s)

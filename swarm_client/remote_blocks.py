@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from swarm_client.events import EventListener
 from swarm_client.inference_session import InferenceSession
 from swarm_client.routing.find_route import ModelKey
 from swarm_client.swarm import Swarm
@@ -86,13 +87,14 @@ class RemoteBlocks(nn.Module):
         self.model = model
         swarm.watch(model)
 
-    def session(self, max_length: int) -> InferenceSession:
+    def session(self, max_length: int, on_event: EventListener | None = None) -> InferenceSession:
         """Return a session for up to `max_length` tokens a row; the caches are reserved at its first step."""
         return InferenceSession(
             self.swarm.loop,
             self.swarm.config,
             lambda batch_size, length: self.swarm.session(self.model, batch_size, length),
             max_length,
+            on_event,
         )
 
     def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any) -> torch.Tensor:

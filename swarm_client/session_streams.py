@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from swarm_client.config import ClientConfig
@@ -38,7 +38,9 @@ class SessionStreams:
         batch_size: int,
         max_length: int,
         prefix_key: bytes,
+        on_silent: Callable[[Hop], None],
     ) -> None:
+        """`on_silent` is told of a hop whose node is waited for, since nobody could replace it."""
         self._transport = transport
         self._watcher = watcher
         self._config = config
@@ -46,6 +48,7 @@ class SessionStreams:
         self._batch_size = batch_size
         self._max_length = max_length
         self._prefix_key = prefix_key
+        self._on_silent = on_silent
         self._limits = HopLimits(config.open_s, config.step_s, config.resume_s, config.reserve_tokens)
         self._failed_s: dict[PeerId, float] = {}
         """When a node failed this session, on the swarm's clock: it is not asked again before it says that it lives."""
@@ -160,6 +163,7 @@ class SessionStreams:
         try:
             find_route(await self._watcher.view(), self._model, RouteWish(blocked=away, span=hop.span), secrets.choice)
         except SwarmError:
+            self._on_silent(hop)
             return False
         return True
 

@@ -13,16 +13,27 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from swarm_client.config import ClientConfig
 from swarm_client.leg import Flight, HopTiming, Leg, StepResult, direct_segments, own_copy
 from swarm_client.pipeline import FIRST_TOKENS, LEAST_TOKENS, Turns, fly_pieces
 from swarm_client.prefix_hashes import TokenPrefix
-from swarm_client.recovery import MAX_WRONG_ANSWERS, Fault, fault_of, has_forgotten, is_wrong_answer, stays_usable
+from swarm_client.recovery import (
+    MAX_WRONG_ANSWERS,
+    Fault,
+    Patience,
+    fault_of,
+    has_forgotten,
+    is_wrong_answer,
+    reason_of,
+    stays_usable,
+)
 from swarm_client.replay import Replay, SourceLostError
 from swarm_client.routing.find_route import Hop, ModelKey
 from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.sent import NotBroughtError
+from swarm_client.session_news import LOOK_AGAIN_S, SessionNews
 from swarm_client.session_streams import SessionStreams, is_nodes_fault
 from swarm_client.span_stream import tokens_to_reserve
 from swarm_protocol.errors import (
@@ -45,9 +56,6 @@ from swarm_protocol.tensors import check_finite, from_wire
 from swarm_protocol.transport.base import Transport
 
 logger = logging.getLogger(__name__)
-
-LOOK_AGAIN_S = 1.0
-"""Between two looks for nodes that could take over blocks that nobody serves."""
 
 
 class SwarmSession:
@@ -72,7 +80,11 @@ class SwarmSession:
         self._config = config
         self._batch_size = batch_size
         self._max_length = max_length
-        self._streams = SessionStreams(transport, watcher, config, model, batch_size, max_length, prefix_key)
+        self.news = SessionNews()
+        """Tells what happens to the route."""
+        self._streams = SessionStreams(
+            transport, watcher, config, model, batch_size, max_length, prefix_key, self.news.silent
+        )
         self._legs: list[Leg] = []
         self._num_steps = 0
         self._tape = Tape(tapes)
@@ -94,13 +106,14 @@ class SwarmSession:
         """Find a route and reserve the caches for `num_tokens` tokens and some more.
 
         Returns how many tokens of `prefix` are cached at every node, where steps may start. Nodes that fail are
-        avoided, and another route is tried. Raises what the last try raised: MissingBlocksError, CacheFullError,
-        PeerUnreachableError and the like.
+        avoided, and another route is tried; blocks that nobody serves are waited for, `ClientConfig.max_wait_s` long.
+        Raises what the last try raised: MissingBlocksError, CacheFullError, PeerUnreachableError and the like.
         """
         reserved = tokens_to_reserve(num_tokens, self._config.reserve_tokens, self._max_length)
         pages = self._streams.hashes((), prefix)
         for attempt in range(1, self._config.route_attempts + 1):
-            hops = await self._streams.find_route(reserved, pages, is_retry=attempt > 1)
+            find = partial(self._streams.find_route, reserved, pages, is_retry=attempt > 1)
+            hops = await self.news.until_served(find, self._config.max_wait_s)
             try:
                 legs, cached = await self._streams.open(hops, reserved, prefix)
             except SwarmError as error:
@@ -112,6 +125,7 @@ class SwarmSession:
                 continue
             self._watcher.holders.remember(pages, [hop.peer_id for hop in hops])
             self._legs = legs
+            self.news.route_changed("opened", (), hops, hops)
             self._prompt = PromptPages(self._tape.budget.prefixes, self._streams.hashes(hops[:1], prefix))
             return self._prompt.begin(self._tape, cached)
         raise AssertionError("unreachable")
@@ -190,6 +204,8 @@ class SwarmSession:
 
     def _take_off(self, hidden_states: WireTensor, position: int, row_order: tuple[int, ...] | None = None) -> Flight:
         self._check_open()
+        if not self._flights:
+            self.news.advanced()
         self._num_steps += 1
         states = own_copy(hidden_states)
         if row_order is not None:
@@ -203,6 +219,7 @@ class SwarmSession:
         if self._flights[0] is not flight:
             raise StreamLostError("a piece before this one did not come back")
         self._flights.popleft()
+        self.news.advanced()
         self._prompt.keep(self._tape, flight.position)
         return result
 
@@ -318,6 +335,7 @@ class SwarmSession:
         try:
             while (index := len(states) - 1) < len(self._legs):
                 leg = self._legs[index]
+                was_here = leg in flight.sent and flight.sent[leg].is_answered
                 try:
                     reply, timing = await self._visit(flight, index, states[index])
                 except SwarmError as error:
@@ -331,6 +349,8 @@ class SwarmSession:
                 else:
                     self._check_open()
                     self._watcher.stepped(leg.hop, flight.num_tokens, timing.total_s)
+                    if not was_here:
+                        self.news.advanced()
                     states.append(reply)
                     timings.append(timing)
         except SwarmError:
@@ -386,13 +406,14 @@ class SwarmSession:
         leg = self._legs[index]
         if not stays_usable(error):
             self._lose(leg, error)
+        loop = asyncio.get_running_loop()
+        patience = Patience(loop.time(), self._config.max_wait_s)
+        self.news.listener(patience.waiting([leg.hop.span], None, loop.time()))
         if not self.is_whole:
             raise error
         if leg.failure is not None and has_forgotten(leg.failure):
             await leg.stream.close()  # its node is well, and may need the room for what comes
         logger.info("looking for other nodes for %s: %s", leg.hop.span, error)
-        loop = asyncio.get_running_loop()
-        give_up_s = loop.time() + self._config.max_wait_s
         while True:
             try:
                 found = await self._other_legs(index, flight)
@@ -407,11 +428,12 @@ class SwarmSession:
                 is_waited_for = leg.failure is not None and not is_wrong_answer(error)
                 if isinstance(problem, MissingBlocksError) and not is_waited_for:
                     raise error from problem
-                if loop.time() + LOOK_AGAIN_S > give_up_s or not is_nodes_fault(problem):
+                if not patience.lasts(loop.time() + LOOK_AGAIN_S) or not is_nodes_fault(problem):
                     raise
                 logger.info("still looking: %s", problem)
                 if isinstance(problem, NotBroughtError):
                     continue  # the way between two nodes, which is not taken again
+                self.news.listener(patience.waiting([leg.hop.span], problem, loop.time()))
             await asyncio.sleep(LOOK_AGAIN_S)
             self._check_open()
         if not self._legs:  # closed meanwhile
@@ -423,6 +445,8 @@ class SwarmSession:
         self._streams.end(leg.stream)
         route = " → ".join(f"{short_peer(new.peer_id)}[{new.hop.span}]" for new in found)
         logger.info("recovered %d tokens of %s at %s", flight.position, leg.hop.span, route)
+        self.news.route_changed(reason_of(error), [leg.hop], [new.hop for new in found], self.route)
+        self.news.recovered(flight.position)
         return index
 
     async def _other_legs(self, index: int, flight: Flight) -> list[Leg]:

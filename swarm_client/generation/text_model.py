@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
@@ -9,11 +10,13 @@ from typing import Any
 
 import torch
 
+from swarm_client.events import EventListener
 from swarm_client.generation.ends_worker import ENDS_WORKER, ChosenToken, EndsRow
 from swarm_client.generation.prompt_format import chat_stop, chat_token_ids, common_prefix
 from swarm_client.generation.sampling import TokenChooser
 from swarm_client.generation.stream import stream_text
 from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta
+from swarm_client.generation_times import GenerationTimes
 from swarm_client.inference_session import InferenceSession
 from swarm_client.remote_blocks import RemoteBlocks
 from swarm_protocol.errors import CancelledStepError, InvalidRequestError, MaxLengthError, SwarmError
@@ -145,7 +148,12 @@ class DistributedTextSession:
         self._session.position = min(self._session.position, kept)
         self._token_ids = self._token_ids[:kept] + list(token_ids)
 
-    def generate(self, params: SamplingParams) -> Iterator[TextDelta]:
+    @property
+    def times(self) -> GenerationTimes:
+        """Where the time of the last `generate` went until now."""
+        return self._session.times
+
+    def generate(self, params: SamplingParams, on_event: EventListener | None = None) -> Iterator[TextDelta]:
         """Yield the continuation piece by piece; see `TextSession`."""
         if not self._token_ids:
             raise InvalidRequestError("the session is empty: there is nothing to continue")
@@ -154,6 +162,8 @@ class DistributedTextSession:
         chooser = TokenChooser(params)
         self._cancelled.clear()
         self._session.recover()
+        self._session.on_event = on_event
+        self._session.time_log.restart()
         return stream_text(
             replace(params, stop=params.stop + self._turn_stop),
             lambda: self._next_token(chooser),
@@ -180,21 +190,28 @@ class DistributedTextSession:
 
     @torch.inference_mode()
     def _next_token(self, chooser: TokenChooser) -> int:
-        with self._session.cancellable():  # from before the look at the flag, so that no cancel falls in between
+        # From before the look at the flag, so that no cancel falls in between.
+        with self._session.cancellable(), self._session.time_log.token(time.perf_counter):
             if self._cancelled.is_set():
                 raise CancelledStepError("generation was cancelled")
-            try:
-                output = self._step()
-            except SwarmError as error:
-                if not error.retryable or self._session.is_taped:
-                    raise
-                logger.info("computing %d tokens again: %s", len(self._token_ids), error)
-                self._session.recover()
-                output = self._step()
-        chosen = self._choose(chooser, output[:, -1:])
+            chosen = self._choose(chooser, self._step_somewhere()[:, -1:])
         self._embedded = (len(self._token_ids), chosen.token_id, chosen.embedded)
         self._token_ids.append(chosen.token_id)
         return chosen.token_id
+
+    def _step_somewhere(self) -> torch.Tensor:
+        """Take a step; where nobody can go on with what is cached, with all tokens on a new route."""
+        began_s = time.perf_counter()
+        try:
+            return self._step()
+        except SwarmError as error:
+            if not error.retryable or self._session.is_taped:
+                raise
+            logger.info("computing %d tokens again: %s", len(self._token_ids), error)
+            self._session.recover()
+        output = self._step()
+        self._session.went_on(began_s, len(self._token_ids))
+        return output
 
     def _step(self) -> torch.Tensor:
         """Return the states of the tokens that are not cached yet, after the last block."""

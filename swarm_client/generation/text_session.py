@@ -4,6 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from swarm_client.events import EventListener
+from swarm_client.generation_times import GenerationTimes
+
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -80,12 +83,17 @@ class TextSession(Protocol):
     def replace_tail(self, num_tokens: int, token_ids: Sequence[int]) -> None:
         """Drop the last `num_tokens` tokens and put `token_ids` in their place."""
 
-    def generate(self, params: SamplingParams) -> Iterator[TextDelta]:
+    def generate(self, params: SamplingParams, on_event: EventListener | None = None) -> Iterator[TextDelta]:
         """Yield the continuation piece by piece; the session afterwards ends with the last generated token.
 
-        Closing the iterator cancels. Raises MaxLengthError before the first token if `max_new_tokens` cannot fit,
-        SwarmError with a retryable code when a node is lost.
+        Closing the iterator cancels. `on_event` is told what happens to the route, by the thread that asks for the
+        next delta, while it waits; what it raises ends the generation. Raises MaxLengthError before the first token if
+        `max_new_tokens` cannot fit, SwarmError with a retryable code when a node is lost and no other takes over.
         """
+
+    @property
+    def times(self) -> GenerationTimes:
+        """Where the time of the last `generate` went until now; the thread's that generates."""
 
     def cancel(self) -> None:
         """End a running `generate` within one step, with finish_reason `cancelled`. Any thread."""

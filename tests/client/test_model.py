@@ -304,7 +304,7 @@ def test_without_a_peer_to_start_from_there_is_no_model(tmp_path: Path) -> None:
 @pytest.fixture
 def two(tmp_path: Path) -> Iterator[tuple[LocalSwarm, DistributedCausalLM, PreTrainedModel]]:
     local = save_tiny_model("llama", tmp_path)
-    with LocalSwarm(tmp_path, [Span(0, 2), Span(2, 5)]) as served:
+    with LocalSwarm(tmp_path, [Span(0, 2), Span(2, 5)], config=replace(CLIENT_CONFIG, max_wait_s=2.0)) as served:
         yield served, AutoDistributedModelForCausalLM.from_pretrained(str(tmp_path), swarm=served.swarm), local
 
 

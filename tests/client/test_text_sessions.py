@@ -2,7 +2,9 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 import torch
 
 from swarm_client import ChatMessage, SamplingParams, Swarm, open_text_model
+from swarm_client.events import SessionEvent, Waiting
 from swarm_client.generation.text_model import DistributedTextModel, DistributedTextSession
-from swarm_protocol.errors import InvalidRequestError, MaxLengthError
+from swarm_protocol.errors import InvalidRequestError, MaxLengthError, MissingBlocksError
 from swarm_protocol.spans import Span
 from tests.client.test_model import Pair
 from tests.local_swarm import CLIENT_CONFIG
@@ -48,6 +51,11 @@ def model(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> DistributedTextModel:
     monkeypatch.setattr(type(pair.remote.checkpoint), "tokenizer", lambda _: Words())
     monkeypatch.setattr("swarm_client.generation.text_model._end_tokens", lambda *_: frozenset())
     return pair.remote.text_model()
+
+
+@pytest.fixture(autouse=True)
+def roomy_tapes(pair: Pair) -> None:
+    pair.served.swarm._tapes.max_bytes = 1 << 20
 
 
 @pytest.fixture
@@ -189,3 +197,82 @@ def test_an_answer_goes_on_elsewhere_when_a_node_dies(
     pair.served.kill(pair.served.nodes[1])
     pair.served.nodes[1] = pair.served.add_node(Span(2, 5))
     assert shown + "".join(delta.text for delta in deltas) == local_text(pair, [5, 17, 31, 8])
+
+
+def test_a_wait_is_told_to_the_thread_that_generates_and_the_text_is_the_same(
+    pair: Pair, session: DistributedTextSession
+) -> None:
+    events: list[SessionEvent] = []
+
+    def listen(event: SessionEvent) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        events.append(event)
+        if isinstance(event, Waiting) and event.cause == "missing_blocks":
+            pair.served.nodes[1] = pair.served.add_node(Span(2, 5))
+
+    session.append_text(PROMPT)
+    deltas = session.generate(SamplingParams(6), listen)
+    shown = "".join(next(deltas).text for _ in range(2))
+    pair.served.kill(pair.served.nodes[1])
+    assert shown + "".join(delta.text for delta in deltas) == local_text(pair, [5, 17, 31, 8])
+    found = [getattr(event, "cause", event.kind) for event in events]
+    assert [found[0], found[-2], found[-1]] == ["route_changed", "route_changed", "recovered"]
+    assert {"looking", "missing_blocks"} <= set(found)
+    times = session.times
+    assert times.num_tokens == 6
+    assert times.num_recoveries == 1
+    assert times.recomputed_tokens == 5
+    assert times.total.stall_s >= 1.0
+    assert {hop.span for hop in times.hops} == {Span(0, 2), Span(2, 5)}
+
+
+@pytest.mark.parametrize("tape_bytes", [1 << 20, 0], ids=["taped", "not taped"])
+def test_a_wait_in_vain_names_what_is_missing_and_loses_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tape_bytes: int
+) -> None:
+    pair = Pair("llama", tmp_path, config=replace(CLIENT_CONFIG, max_wait_s=1.5, tape_bytes=tape_bytes))
+    monkeypatch.setattr(type(pair.remote.checkpoint), "tokenizer", lambda _: Words())
+    monkeypatch.setattr("swarm_client.generation.text_model._end_tokens", lambda *_: frozenset())
+    with pair.served as served:
+        session = pair.remote.text_model().open_session(120)
+        session.append_text(PROMPT)
+        events: list[SessionEvent] = []
+        deltas = session.generate(SamplingParams(6), events.append)
+        shown = "".join(next(deltas).text for _ in range(3))
+        (served.kill if tape_bytes else served.stop)(served.nodes[1])
+        with pytest.raises(MissingBlocksError, match="blocks 2–4"):
+            next(deltas)
+        assert any(isinstance(event, Waiting) and event.spans == (Span(2, 5),) for event in events)
+        assert Words().decode(list(session.token_ids[4:])) == shown
+        served.add_node(Span(2, 5))
+        assert shown + text_of(session, 3) == local_text(pair, [5, 17, 31, 8])
+        session.close()
+
+
+def test_a_streams_times_are_those_of_its_tokens(
+    pair: Pair, model: DistributedTextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(pair.remote), "text_model", lambda _: model)
+    stream = pair.remote.stream(PROMPT, SamplingParams(6))
+    assert stream.times.num_tokens == 0
+    for _ in stream:
+        time.sleep(0.05)  # the reader's own time does not count
+    times = stream.times
+    assert times.num_tokens == 6
+    assert 0 < times.per_token.compute_s < times.per_token.total_s < 0.05
+    assert times.total.stall_s == 0
+    assert [hop.num_steps for hop in times.hops] == [6, 6]
+    stream = pair.remote.stream(PROMPT, SamplingParams(6))
+    next(stream)
+    stream.close()
+    assert (list(stream), stream.times.num_tokens) == ([], 1)
+
+
+def test_a_generate_of_transformers_reports_its_times(pair: Pair) -> None:
+    events: list[SessionEvent] = []
+    with pair.remote.inference_session(max_length=40, on_event=events.append) as session:
+        for num_tokens in (3, 5):
+            pair.remote.generate(torch.tensor([[5, 17, 31]]), max_new_tokens=num_tokens, do_sample=False)
+            assert session.times.num_tokens == num_tokens
+        assert session.times.total.client_s > 0
+    assert [event.kind for event in events] == ["route_changed"]
