@@ -8,7 +8,7 @@ from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 from app.api_errors import error_response
-from app.chat_protocol import LegacyGenerate, parse_fields
+from app.chat_protocol import OneShot, parse_fields
 from app.errors import OriginError, SiteDrainingError
 from app.legacy_generation import legacy_replies
 from app.limits import session_length
@@ -18,7 +18,8 @@ from swarm_protocol.errors import InvalidRequestError
 
 EXTRA_TOKENS = 16  # special tokens that are added to a prompt, and a margin
 FIELDS = (
-    "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"
+    "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
+    "times",
 )  # fmt: skip
 
 
@@ -36,14 +37,14 @@ def register(app: Flask, site: Site) -> None:
             if not (security.public_api or request_is_own(request, security)):
                 raise OriginError("the API")
             with site.http_generations.take():
-                outputs = _generate(site, _arguments())
+                answer = _generate(site, _arguments())
         except PeerGoneError:
             return Response(status=499)
         except HTTPException as error:
             return _told(InvalidRequestError(error.description or error.name), error.code)
         except Exception as error:  # the outermost place of a request: whatever went wrong, the client is told
             return _told(error, None)
-        return jsonify(ok=True, outputs=outputs)
+        return jsonify(ok=True, **answer)
 
     @app.get("/healthz")
     def healthz() -> Response:
@@ -75,13 +76,11 @@ def _arguments() -> dict[str, Any]:
     return {name: value for name, value in found.items() if not (name in FIELDS and value == "")}
 
 
-def _generate(site: Site, values: dict[str, Any]) -> str:
-    """Return the continuation of `inputs`, without the prompt, from a session of its own."""
+def _generate(site: Site, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the continuation of `inputs`, without the prompt, from a session of its own; its times if asked for."""
     if site.drain.is_started:
         raise SiteDrainingError
-    command = parse_fields(LegacyGenerate, values).model_copy(
-        update={"stop_sequence": None, "extra_stop_sequences": []}
-    )
+    command = parse_fields(OneShot, values).model_copy(update={"stop_sequence": None, "extra_stop_sequences": []})
     if not command.inputs:
         raise InvalidRequestError("inputs: a text to continue is needed")
     name = values.get("model")
@@ -97,9 +96,9 @@ def _generate(site: Site, values: dict[str, Any]) -> str:
                     outputs += reply.outputs
                 if _is_peer_gone():
                     raise PeerGoneError
+        return {"outputs": outputs, "times": session.times.as_json()} if command.times else {"outputs": outputs}
     finally:
         session.close()
-    return outputs
 
 
 def _is_peer_gone() -> bool:

@@ -3,7 +3,8 @@
 A socket speaks the protocol that its first frame opens, and keeps to it:
 
     protocol 2   open_inference_session → {ok}; generate → {ok, outputs, stop, token_count} …; an error ends the socket
-    protocol 3   {type: open, protocol: 3} → opened; generate → started, delta …, done; cancel; ping → pong; error
+    protocol 3   {type: open, protocol: 3} → opened; generate → started, delta …, done; cancel; ping → pong; error;
+                 route_changed, waiting, recovered as it happens
 
 Frames may be sent ahead of the answers. In protocol 2 a generate waits for the one before it; in protocol 3 it is
 refused as `busy` while another runs. Unknown fields are ignored, so that later versions may add some.
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from app.errors import ErrorReport
+from swarm_client.events import Recovered, RouteChanged, SessionEvent, Waiting
 from swarm_client.generation.text_session import ChatMessage, FinishReason
 from swarm_protocol.errors import InvalidRequestError, MalformedFrameError
 
@@ -69,7 +71,7 @@ class Sampling(_Fields):
 
 
 class LegacyGenerate(Sampling):
-    """Protocol 2 `generate`, and the fields of `POST /api/v1/generate`."""
+    """Protocol 2 `generate`."""
 
     inputs: Text | None = None
     max_new_tokens: TokenCount = None
@@ -77,6 +79,12 @@ class LegacyGenerate(Sampling):
     do_sample: Annotated[bool, _none_as_default(False)] = False
     stop_sequence: Annotated[Stop | None, BeforeValidator(_empty_as_none)] = None
     extra_stop_sequences: Stops = Field(default_factory=list)
+
+
+class OneShot(LegacyGenerate):
+    """The fields of `POST /api/v1/generate`; with `times` the answer says where its time went."""
+
+    times: Annotated[bool, _none_as_default(False)] = False
 
 
 class LegacyOpen(_Fields):
@@ -108,12 +116,16 @@ class Params(Sampling):
 
 
 class Generate(_Fields):
-    """Protocol 3 `generate`: the whole conversation, of which the session computes only what is new."""
+    """Protocol 3 `generate`: the whole conversation, of which the session computes only what is new.
+
+    With `times` the `done` says where the time went.
+    """
 
     id: RequestId
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     params: Annotated[Params, _none_as_default({})] = Params()
     stop: Stops = Field(default_factory=list)
+    times: Annotated[bool, _none_as_default(False)] = False
 
     def chat_messages(self) -> tuple[ChatMessage, ...]:
         """Return the conversation in the client library's terms."""
@@ -259,12 +271,13 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end of an answer in protocol 3."""
+    """The end of an answer in protocol 3; `times` is the report of `GenerationTimes` where it was asked for."""
 
     id: str
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    times: dict[str, Any] | None = None
 
 
 def _dump(**values: object) -> str:
@@ -322,9 +335,21 @@ def delta_frame(event: Delta) -> str:
     return _dump(type="delta", id=event.id, seq=event.seq, text=event.text, tokens=event.tokens)
 
 
+def event_frame(event: SessionEvent, generation_id: str) -> str:
+    """Return what happened to the route while an answer is made."""
+    match event:
+        case RouteChanged():
+            return _dump(type="route_changed", id=generation_id, **event.as_json())
+        case Waiting():
+            return _dump(type="waiting", id=generation_id, **event.as_json())
+        case Recovered():
+            return _dump(type="recovered", id=generation_id, **event.as_json())
+
+
 def done_frame(event: Done) -> str:
     """Return the end of an answer."""
     usage, timings = event.usage, event.timings
+    times = {} if event.times is None else {"times": event.times}
     return _dump(
         type="done",
         id=event.id,
@@ -335,6 +360,7 @@ def done_frame(event: Done) -> str:
             "cached_tokens": usage.cached_tokens,
         },
         timings={"ttft_s": timings.ttft_s, "tokens_per_s": timings.tokens_per_s},
+        **times,
     )
 
 

@@ -3,7 +3,8 @@
     waiting for open → idle ⇄ generating → closed
 
 The handler's thread runs the generation and answers what arrived between two pieces of the text. While a step of the
-swarm blocks it, the thread that reads the socket cancels the session: for a `cancel` frame, a flood, a lost peer.
+swarm blocks it, it still tells what the session's listener hears; the thread that reads the socket cancels the session:
+for a `cancel` frame, a flood, a lost peer.
 """
 
 import logging
@@ -31,6 +32,7 @@ from app.chat_protocol import (
     delta_frame,
     done_frame,
     error_frame,
+    event_frame,
     legacy_error_frame,
     legacy_opened_frame,
     legacy_reply_frame,
@@ -46,6 +48,7 @@ from app.limits import CloseCode, answer_length, is_expired, session_length
 from app.native_generation import AnswerMeter, native_sampling
 from app.site import Site
 from app.socket_link import SocketGoneError, SocketLink
+from swarm_client.events import SessionEvent
 from swarm_client.generation.text_session import FinishReason, SamplingParams, TextModel, TextSession
 from swarm_protocol.errors import InvalidRequestError, MaxLengthError, SwarmError
 
@@ -242,7 +245,8 @@ class ChatSocket:
         with self._generating(session, command.id):
             reason = self._stream(session, native_sampling(command, most, limits), command.id, meter)
         usage = Usage(prompt, meter.num_tokens, cached)
-        self._link.send(done_frame(Done(command.id, reason, usage, meter.timings())))
+        times = session.times.as_json() if command.times else None
+        self._link.send(done_frame(Done(command.id, reason, usage, meter.timings(), times)))
         logger.info(
             "generated protocol=3 prompt_tokens=%d cached_tokens=%d new_tokens=%d finish_reason=%s session=%s",
             prompt, cached, meter.num_tokens, reason, self._session_id,
@@ -251,8 +255,14 @@ class ChatSocket:
     def _stream(
         self, session: TextSession, params: SamplingParams, generation_id: str, meter: AnswerMeter
     ) -> FinishReason:
-        """Send the answer piece by piece; return why it ended."""
-        with running(session, params) as deltas:
+        """Send the answer piece by piece, and what happens to the route; return why it ended."""
+
+        def tell(event: SessionEvent) -> None:
+            # In this thread, while it waits for a step. A peer that is gone ends the step.
+            self._link.send(event_frame(event, generation_id))
+            self._answer_in_between(generation_id)
+
+        with running(session, params, tell) as deltas:
             for delta in deltas:
                 meter.count(len(delta.token_ids), time.monotonic())
                 if delta.text or delta.token_ids:

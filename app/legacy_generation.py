@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from app.chat_protocol import LegacyGenerate, LegacyReply
 from app.legacy_answer import LegacyAnswer, StopRules, TailChange
+from swarm_client.events import EventListener
 from swarm_client.generation.text_session import SamplingParams, TextDelta, TextModel, TextSession
 from swarm_protocol.errors import InvalidRequestError, MaxLengthError
 
@@ -54,9 +55,11 @@ def legacy_sampling(request: LegacyGenerate, max_new_tokens: int) -> SamplingPar
 
 
 @contextmanager
-def running(session: TextSession, params: SamplingParams) -> Iterator[Iterator[TextDelta]]:
+def running(
+    session: TextSession, params: SamplingParams, on_event: EventListener | None = None
+) -> Iterator[Iterator[TextDelta]]:
     """Generate; on leaving, whatever is still running ends."""
-    deltas = session.generate(params)
+    deltas = session.generate(params, on_event)
     try:
         yield deltas
     finally:

@@ -6,8 +6,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from swarm_client.events import EventListener, Recovered, RouteChanged, RoutePart, SessionEvent, Waiting
 from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta
-from swarm_protocol.errors import CacheFullError, InvalidRequestError, MaxLengthError, StreamLostError, SwarmError
+from swarm_client.generation_times import GenerationTimes, HopTimes, TimeShares
+from swarm_protocol.errors import (
+    CacheFullError,
+    InvalidRequestError,
+    MaxLengthError,
+    MissingBlocksError,
+    StreamLostError,
+    SwarmError,
+)
+from swarm_protocol.ids import PeerId
+from swarm_protocol.spans import Span
 
 EOS = "</s>"
 PIECES = re.compile(r"</s>|<(?:user|assistant|system)>|\s*[^\s<]+|\s+|<")
@@ -87,6 +98,8 @@ class FakeSession:
         self.is_closed = False
         self._cancelled = threading.Event()
         self._script: list[str] = []
+        self._on_event: EventListener | None = None
+        self._num_tokens = 0
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -134,11 +147,23 @@ class FakeSession:
             del self.ids[-num_tokens:]
         self.ids.extend(token_ids)
 
-    def generate(self, params: SamplingParams) -> Iterator[TextDelta]:
+    @property
+    def times(self) -> GenerationTimes:
+        """As many tokens as were generated last, 10 ms each, over two hops."""
+        per_token = TimeShares(0.0, 0.006, 0.003, 0.001, 0.0)
+        hops = (
+            HopTimes(Span(0, 12), PEERS[0], self._num_tokens, TimeShares(), TimeShares(0.0, 0.004, 0.001)),
+            HopTimes(Span(12, 16), PEERS[1], self._num_tokens, TimeShares(), TimeShares(0.0, 0.002, 0.002)),
+        )
+        total = TimeShares(0.0, 0.006 * self._num_tokens, 0.003 * self._num_tokens, 0.001 * self._num_tokens, 1.5)
+        return GenerationTimes(self._num_tokens, total, per_token, per_token, hops, 1, 40)
+
+    def generate(self, params: SamplingParams, on_event: EventListener | None = None) -> Iterator[TextDelta]:
         if len(self.ids) + params.max_new_tokens > self._max_length:
             raise MaxLengthError(len(self.ids), params.max_new_tokens, self._max_length)
         self.model.seen_params.append(params)
         self._cancelled.clear()
+        self._on_event, self._num_tokens = on_event, 0
         return self._generate(params)
 
     def _generate(self, params: SamplingParams) -> Iterator[TextDelta]:
@@ -151,6 +176,7 @@ class FakeSession:
             piece = self._script.pop(0) if self._script else ("x " if self.model.is_endless else EOS)
             token = self.model.token_id(piece)
             self.ids.append(token)
+            self._num_tokens += 1
             held.append(token)
             with self.model.lock:
                 self.model.counts.generated_tokens += 1
@@ -200,14 +226,32 @@ ERRORS: dict[str, SwarmError | Exception] = {
     "lost": StreamLostError("the stream to a node ended"),
     "full": CacheFullError(900, 12),
     "bug": ZeroDivisionError("a secret of the stack"),
+    "missing": MissingBlocksError("umbel/fake-1b", [Span(12, 16)]),
 }
+PEERS = (PeerId("12D3KooWfirst1"), PeerId("12D3KooWother2"), PeerId("12D3KooWthird3"))
+_LOST = tuple(RoutePart(span, peer) for span, peer in zip((Span(0, 12), Span(12, 16)), PEERS, strict=False))
+_NEW = (_LOST[0], RoutePart(Span(12, 16), PEERS[2]))
+EVENTS: dict[str, SessionEvent] = {
+    "opened": RouteChanged("opened", (), _LOST, _LOST),
+    "looking": Waiting((Span(12, 16),), "looking", 0.0, 30.0),
+    "wait30": Waiting((Span(12, 16),), "missing_blocks", 0.4, 29.6),
+    "wait29": Waiting((Span(12, 16),), "missing_blocks", 1.4, 28.6),
+    "changed": RouteChanged("node_lost", _LOST[1:], _NEW[1:], _NEW),
+    "recovered": Recovered(1.5, 40),
+}
+WENT_ON = ("!tell changed", "!tell recovered")
+STORY = ("!tell looking", "!tell wait30", "!tell wait29")
 
 
+PAUSE_S = 1.0  # for the page to show what happens
 WAIT_S = 20.0  # of the step that `stuck` asks for, unless it is cancelled
 
 
 def scripted_reply(text: str) -> Sequence[str]:
-    """Choose an answer by the question's first word: an error's, `long`, `wide`, `stuck`; else the one on umbels."""
+    """Choose an answer by the question's first word: an error's, `long`, `wide`, `stuck` and the like.
+
+    `replaced` loses a node and goes on, `vanish` waits for one in vain. Any other word gets the one on umbels.
+    """
     word = text.strip().split(" ")[0] if text.strip() else ""
     if word in ERRORS:
         return ["!raise " + word]
@@ -215,6 +259,17 @@ def scripted_reply(text: str) -> Sequence[str]:
         "long": PIECES.findall(LONG),
         "wide": ["w" * 200_000] * 200,
         "stuck": ["one", " two", "!wait", " three"],
+        "replaced": [
+            "!tell opened",
+            "one",
+            " two",
+            *STORY,
+            "!pause",
+            "!tell changed",
+            "!tell recovered",
+            *[" more"] * 60,
+        ],
+        "vanish": ["one", " two", *STORY, "!pause", "!raise missing"],
         "echo": [" answer", ".", "\n\n", "Human", ":", EOS],
     }
     return special.get(word) or PIECES.findall(ANSWER)
@@ -232,9 +287,15 @@ class TalkingModel(FakeModel):
 
 
 class TalkingSession(FakeSession):
-    """Raises the error, or waits the time, that the script says."""
+    """Raises the error, tells the event, or waits the time, that the script says."""
 
     def _step_is_cancelled(self) -> bool:
+        while self._script and self._script[0].startswith(("!tell ", "!pause")):
+            kind, _, name = self._script.pop(0).partition(" ")
+            if kind == "!pause" and self._cancelled.wait(PAUSE_S):
+                return True
+            if name and self._on_event is not None:
+                self._on_event(EVENTS[name])
         if self._script and self._script[0] == "!wait":
             self._script.pop(0)
             return self._cancelled.wait(WAIT_S)

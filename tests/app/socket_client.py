@@ -39,16 +39,24 @@ class Client:
         self.send(type="open", protocol=3, **fields)
         return self.receive()
 
-    def generate(self, *contents: str, id: str = "a", **params: object) -> None:  # noqa: A002
+    def generate(
+        self,
+        *contents: str,
+        id: str = "a",  # noqa: A002
+        fields: dict[str, object] | None = None,
+        **params: object,
+    ) -> None:
         roles = ["user", "assistant"] * len(contents)
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
-        self.send(type="generate", id=id, messages=messages, params=params)
+        self.send(type="generate", id=id, messages=messages, params=params, **fields or {})
 
-    def receive_until(self, kind: str, timeout_s: float = 10.0) -> tuple[str, dict[str, Any]]:
-        """Return the text of the deltas, and the first event of a kind."""
+    def receive_until(
+        self, kind: str, timeout_s: float = 10.0, skip: tuple[str, ...] = ()
+    ) -> tuple[str, dict[str, Any]]:
+        """Return the text of the deltas, and the first event of a kind; those of the kinds in `skip` may come too."""
         text = ""
         while (event := self.receive(timeout_s))["type"] != kind:
-            assert event["type"] in ("started", "delta", "pong", "error"), event
+            assert event["type"] in ("started", "delta", "pong", "error", *skip), event
             text += event.get("text", "")
         return text, event
 

@@ -181,3 +181,12 @@ def test_normal_origins():
     assert normal_origin("https://A.example:443") == "https://a.example"
     assert normal_origin("http://[::1]:5000") == "http://[::1]:5000"
     assert normal_origin("file:///etc") is None
+
+
+@pytest.mark.parametrize("asked", ["1", "true"])
+def test_times_come_with_an_answer_where_they_are_asked_for(client, model, asked):
+    fields = {"inputs": "hi", "max_new_tokens": 2}
+    assert set(client.post("/api/v1/generate", data=fields).json) == {"ok", "outputs"}
+    found = client.post("/api/v1/generate", data={**fields, "times": asked}).json
+    assert found["times"]["tokens"] == 2
+    assert set(found) == {"ok", "outputs", "times"}

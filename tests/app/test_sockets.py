@@ -269,3 +269,84 @@ def test_sigterm_lets_answers_end_and_closes_with_1012():
         assert site.process.wait(10) == 0
         assert time.monotonic() - started_s < 6.0
     assert not any("Traceback" in line or "ERROR" in line for line in site.log), "".join(site.log)
+
+
+def told(client, until="done"):
+    """Return the events up to one of a kind, deltas put together."""
+    events = []
+    while not events or events[-1][0] != until:
+        event = client.receive()
+        if event["type"] == "delta" and events and events[-1][0] == "delta":
+            events[-1] = ("delta", events[-1][1] + event["text"])
+        else:
+            events.append((event["type"], event.get("cause", event.get("text", event.get("reason")))))
+    return events
+
+
+def test_what_happens_to_the_route_is_told_in_between_the_deltas(client):
+    client.open()
+    client.generate("replaced", max_new_tokens=4)
+    client.send(type="ping")
+    events = told(client)
+    assert ("pong", None) in events
+    assert [event for event in events if event[0] != "pong"] == [
+        ("started", None), ("route_changed", "opened"), ("delta", "one two"),
+        ("waiting", "looking"), ("waiting", "missing_blocks"), ("waiting", "missing_blocks"),
+        ("route_changed", "node_lost"), ("recovered", None), ("delta", " more more"), ("done", None),
+    ]  # fmt: skip
+
+
+def test_a_ping_is_answered_while_blocks_are_waited_for(client):
+    client.open()
+    client.generate("vanish")
+    while client.receive()["type"] != "waiting":
+        pass
+    client.send(type="ping", id="p")
+    assert told(client, "error")[-1] == ("error", None)
+    client.generate("vanish", id="b")
+    client.send(type="ping", id="p")
+    kinds = [kind for kind, _ in told(client, "error")]
+    assert kinds.index("pong") < kinds.index("error")
+
+
+def test_events_carry_what_programs_and_people_need(client):
+    client.open()
+    client.generate("vanish")
+    while (event := client.receive())["type"] != "waiting" or event["cause"] == "looking":
+        pass
+    assert event == {
+        "type": "waiting", "id": "a", "blocks": ["12:16"], "cause": "missing_blocks", "waited_s": 0.4, "left_s": 29.6,
+        "message": "blocks 12–15 have no node; waiting 30 s more",
+    }  # fmt: skip
+    _, error = client.receive_until("error", skip=("waiting",))
+    assert error["code"] == "missing_blocks"
+    assert "blocks 12–15" in error["message"]
+
+
+def test_a_cancel_ends_a_wait(client):
+    client.open()
+    client.generate("vanish")
+    while client.receive()["type"] != "waiting":
+        pass
+    client.send(type="cancel", id="a")
+    assert client.receive_until("done", skip=("waiting",))[1]["finish_reason"] == "cancelled"
+
+
+def test_times_come_where_they_are_asked_for(client):
+    client.open()
+    client.generate("hi", max_new_tokens=3)
+    assert "times" not in client.receive_until("done")[1]
+    client.generate("hi", id="b", fields={"times": True}, max_new_tokens=3)
+    times = client.receive_until("done")[1]["times"]
+    assert (times["tokens"], times["recoveries"]) == (3, 1)
+    assert times["hops"][0]["blocks"] == "0:12"
+    assert times["per_token"]["total_s"] == 0.01
+
+
+def test_the_older_protocol_hears_of_no_events(site):
+    with Client(site) as client:
+        client.open_legacy(max_length=512)
+        client.send(type="generate", inputs="replaced", max_new_tokens=1, stop_sequence="no such text", times=True)
+        replies = [client.receive() for _ in range(6)]
+        assert {tuple(reply) for reply in replies} == {("ok", "outputs", "stop", "token_count")}
+        assert "".join(reply["outputs"] for reply in replies) == "one two more more more more"
