@@ -30,7 +30,7 @@ from bench.llama_cpp_process import LlamaCppProcess
 from bench.machine import describe_machine
 from bench.node_processes import NodeProcess
 from swarm_client import AutoDistributedModelForCausalLM, ClientConfig, DistributedCausalLM
-from swarm_client.leg import HopTiming
+from swarm_client.generation_times import GenerationTimes
 
 PROMPT_TOKENS = 16
 CLIENT = ClientConfig(host="127.0.0.1", relay=False)
@@ -46,12 +46,12 @@ WAYS = ("float32:1", "float32:2", "float32:3", "bfloat16:2", "int8:1", "int8:2",
 
 @dataclass(slots=True)
 class Way:
-    """One way to generate: seconds per token of each round, and for nodes the times of every hop and token."""
+    """One way to generate: seconds per token of each round, and for nodes where they went."""
 
     name: str
     run: Callable[[torch.Tensor, int], float]
     token_s: list[float] = field(default_factory=list)
-    hops: list[tuple[HopTiming, ...]] = field(default_factory=list)
+    times: list[GenerationTimes] = field(default_factory=list)
 
 
 def main() -> None:
@@ -73,13 +73,13 @@ def main() -> None:
         prompt = torch.arange(100, 100 + PROMPT_TOKENS)[None]
         for way in ways:
             way.run(prompt, 4)
-            way.hops.clear()
+            way.times.clear()
         for number in range(options.rounds):
             for way in ways:
                 way.token_s.append(way.run(prompt, options.tokens))
             print(f"round {number + 1} of {options.rounds}", flush=True)
         _print_speeds(ways)
-        _print_shares([way for way in ways if way.hops])
+        _print_shares([way for way in ways if way.times])
     _print_hop(options.threads)
 
 
@@ -138,9 +138,10 @@ def _remote_timer(model: DistributedCausalLM, way: Way) -> Callable[[torch.Tenso
                 ids = model.ends.logits(output[:, -1:])[:, -1].argmax(-1, keepdim=True)
                 if count == 0:
                     started_s = time.perf_counter()
-                else:
-                    way.hops.append(session.last_timings)
-            return (time.perf_counter() - started_s) / num_tokens
+            ended_s = time.perf_counter()
+            session.time_log.pause(ended_s)
+            way.times.append(session.times)
+            return (ended_s - started_s) / num_tokens
 
     return run
 
@@ -157,23 +158,18 @@ def _print_speeds(ways: Sequence[Way]) -> None:
 
 
 def _print_shares(ways: Sequence[Way]) -> None:
+    """Medians over the rounds of each round's medians."""
     print("\n| ms per token, medians | all | compute | node queue | wire and loops, all hops | per hop | client |")
     print("|---|---|---|---|---|---|---|")
     for way in ways:
-        compute = _median(sum(hop.compute_s for hop in hops) for hops in way.hops)
-        queue = _median(sum(hop.queue_s for hop in hops) for hops in way.hops)
-        hops_s = _median(sum(hop.total_s for hop in hops) for hops in way.hops)
-        wire = _median(sum(hop.total_s - hop.compute_s - hop.queue_s for hop in hops) for hops in way.hops)
-        per_hop = _median(h.total_s - h.compute_s - h.queue_s for hops in way.hops for h in hops)
-        whole = statistics.median(way.token_s) * 1e3
-        print(
-            f"| {way.name} | {whole:.1f} | {compute:.1f} | {queue:.2f} | {wire:.2f} | {per_hop:.2f} "
-            f"| {whole - hops_s:.1f} |"
+        tokens = [times.per_token for times in way.times]
+        compute, queue, wire, client = (
+            statistics.median(getattr(token, name) for token in tokens) * 1e3
+            for name in ("compute_s", "queue_s", "wire_s", "client_s")
         )
-
-
-def _median(seconds: "Sequence[float] | object") -> float:
-    return statistics.median(seconds) * 1e3  # type: ignore[arg-type]
+        per_hop = statistics.median(hop.per_token.wire_s for times in way.times for hop in times.hops) * 1e3
+        whole = statistics.median(way.token_s) * 1e3
+        print(f"| {way.name} | {whole:.1f} | {compute:.1f} | {queue:.2f} | {wire:.2f} | {per_hop:.2f} | {client:.1f} |")
 
 
 def _print_hop(threads: int) -> None:

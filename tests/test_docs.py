@@ -24,8 +24,8 @@ from app import errors as site_errors
 from app.config import GenerationLimits, SecurityConfig, SiteConfig, SocketLimits, config_from_env
 from app.limits import CloseCode
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig, NodeLimits
-from swarm_client import events
 from swarm_client.config import ClientConfig
+from swarm_client.events import Recovered, RouteChanged, RouteReason, Waiting
 from swarm_client.time_log import TimeLog
 from swarm_protocol import errors
 from swarm_protocol.messages import MESSAGE_TYPES
@@ -318,12 +318,13 @@ def test_frames_of_clients_are_understood() -> None:
 def test_frames_of_the_site_have_the_fields_that_it_sends() -> None:
     report = site_errors.ErrorReport("K", "c", "m", False, "r")
     usage, timings = chat.Usage(1, 2, 3), chat.Timings(1.0, None)
-    told = [events.RouteChanged("opened", (), (), ()), events.Waiting((), "", 0.0, None), events.Recovered(0.0, 0)]
+    told = [RouteChanged("opened", (), (), ()), Waiting((), "", 0.0, None), Recovered(0.0, 0)]
     frames = [
         chat.opened_frame(chat.Opened("s", "m", 1, 1)), chat.started_frame("i"),
         chat.delta_frame(chat.Delta("i", 0, "t", 1)), chat.done_frame(chat.Done("i", "stop", usage, timings)),
         chat.done_frame(chat.Done("i", "stop", usage, timings, TimeLog().report().as_json())),
-        *(chat.event_frame(event, "i") for event in told), chat.error_frame(report, None), chat.legacy_opened_frame(), chat.legacy_error_frame(report),
+        *(chat.event_frame(event, "i") for event in told), chat.error_frame(report, None),
+        chat.legacy_opened_frame(), chat.legacy_error_frame(report),
         chat.legacy_reply_frame(chat.LegacyReply("t", True, 1)),
     ]  # fmt: skip
     shown = {_shape(values) for values in json_examples()}
@@ -348,9 +349,9 @@ def test_every_kind_of_frame_is_in_the_table() -> None:
 def test_every_reason_and_event_is_explained() -> None:
     text = section(page("api"), "What happens to a route")
     reasons = {code_spans(row[0])[0] for row in tables(text)[1]}
-    assert reasons == set(get_args(events.RouteReason))
+    assert reasons == set(get_args(RouteReason))
     assert [code_spans(row[0])[0] for row in tables(text)[0]] == ["route_changed", "waiting", "recovered"]
-    for cls, row in zip((events.RouteChanged, events.Waiting, events.Recovered), tables(text)[0], strict=True):
+    for cls, row in zip((RouteChanged, Waiting, Recovered), tables(text)[0], strict=True):
         assert code_spans(row[0])[0] == cls.kind
 
 

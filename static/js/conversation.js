@@ -1,9 +1,11 @@
 /** Pure: the conversation as data, and what each event of the site does to it. */
 
 /**
- * @typedef {{finish_reason: string, usage: object, timings: {ttft_s: number|null, tokens_per_s: number|null}}} Outcome
+ * @typedef {{finish_reason: string, usage: object, timings: {ttft_s: number|null, tokens_per_s: number|null},
+ *            times?: object|null}} Outcome
+ * @typedef {{kind: 'waiting', cause: string, blocks: string[], leftS: number|null} | {kind: 'recovered', untilSeq: number}} Notice
  * @typedef {{key: number, role: 'user'|'assistant', content: string, state: 'final'|'waiting'|'streaming'|'stopped'|'failed',
- *            numTokens: number, outcome: Outcome|null}} Message
+ *            numTokens: number, outcome: Outcome|null, notice: Notice|null, numRecoveries: number, stallS: number}} Message
  * @typedef {{messages: Message[], nextKey: number, generationId: string|null, expectedSeq: number}} Conversation
  */
 
@@ -12,12 +14,14 @@ export function emptyConversation() {
   return { messages: [], nextKey: 1, generationId: null, expectedSeq: 0 };
 }
 
+const RECOVERED_PIECES = 20; // for so many pieces a page says that the answer goes on
+
 export function isGenerating(conversation) {
   return conversation.generationId !== null;
 }
 
 function message(key, role, content, state) {
-  return { key, role, content, state, numTokens: 0, outcome: null };
+  return { key, role, content, state, numTokens: 0, outcome: null, notice: null, numRecoveries: 0, stallS: 0 };
 }
 
 /** Return the conversation with the user's text and an answer that waits for its first token. */
@@ -69,14 +73,29 @@ export function receive(conversation, event) {
       if (event.seq < conversation.expectedSeq) return conversation; // sent again after a resume
       return withLast(
         conversation,
-        { content: last.content + event.text, state: 'streaming', numTokens: last.numTokens + (event.tokens ?? 0) },
+        {
+          content: last.content + event.text,
+          state: 'streaming',
+          numTokens: last.numTokens + (event.tokens ?? 0),
+          notice: last.notice?.kind === 'recovered' && event.seq < last.notice.untilSeq ? last.notice : null,
+        },
         { expectedSeq: event.seq + 1 },
       );
+    case 'waiting': {
+      const { cause, blocks, left_s: leftS } = event;
+      return withLast(conversation, { notice: { kind: 'waiting', cause, blocks: blocks ?? [], leftS: leftS ?? null } });
+    }
+    case 'recovered':
+      return withLast(conversation, {
+        notice: { kind: 'recovered', untilSeq: conversation.expectedSeq + RECOVERED_PIECES },
+        numRecoveries: last.numRecoveries + 1,
+        stallS: last.stallS + (event.stall_s ?? 0),
+      });
     case 'done': {
-      const { finish_reason, usage, timings } = event;
+      const { finish_reason, usage, timings, times = null } = event;
       const state = finish_reason === 'cancelled' ? 'stopped' : 'final';
       const content = last.content.trimEnd() === '' ? '' : last.content;
-      return withLast(conversation, { content, state, outcome: { finish_reason, usage, timings } }, { generationId: null });
+      return withLast(conversation, { content, state, notice: null, outcome: { finish_reason, usage, timings, times } }, { generationId: null });
     }
     case 'error':
       return fail(conversation);
@@ -88,7 +107,7 @@ export function receive(conversation, event) {
 /** Return the conversation after its answer ended in an error; what was said of it stays. */
 export function fail(conversation) {
   if (!isGenerating(conversation)) return conversation;
-  return withLast(conversation, { state: 'failed' }, { generationId: null });
+  return withLast(conversation, { state: 'failed', notice: null }, { generationId: null });
 }
 
 /** Return how much of the context the conversation uses, as {used, max}, or null before the first answer. */

@@ -1,7 +1,7 @@
 /** Pure: frames of protocol 3, and how long to wait before connecting again. */
 
 export const openFrame = (model) => JSON.stringify(model ? { type: 'open', protocol: 3, model } : { type: 'open', protocol: 3 });
-export const generateFrame = (id, messages, params = {}) => JSON.stringify({ type: 'generate', id, messages, params });
+export const generateFrame = (id, messages, params = {}) => JSON.stringify({ type: 'generate', id, messages, params, times: true });
 export const cancelFrame = (id) => JSON.stringify({ type: 'cancel', id });
 export const pingFrame = () => JSON.stringify({ type: 'ping' });
 

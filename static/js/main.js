@@ -7,7 +7,7 @@ import { byId, h } from './dom.js';
 import { byteLength, cancelFrame, generateFrame } from './frames.js';
 import { MessageView } from './render.js';
 import { Follower } from './scroll.js';
-import { contextText, errorText, modelText } from './texts.js';
+import { contextText, errorText, modelText, noticeText } from './texts.js';
 import { setUpTheme } from './theme.js';
 
 const config = JSON.parse(byId('config').textContent);
@@ -33,6 +33,7 @@ function newId() {
 
 function change(next) {
   const wasGenerating = isGenerating(conversation);
+  announceNotice(conversation.messages.at(-1)?.notice, next.messages.at(-1)?.notice);
   conversation = next;
   if (wasGenerating && !isGenerating(next)) announceEnd();
   paintSoon();
@@ -75,7 +76,8 @@ function newChat() {
 }
 
 function failWith(problem) {
-  error = problem;
+  const notice = conversation.messages.at(-1)?.notice;
+  error = { ...problem, blocks: notice?.kind === 'waiting' ? notice.blocks : [] };
   byId('status').textContent = ''; // the alert speaks
   change(fail(conversation));
 }
@@ -94,6 +96,11 @@ connection.addEventListener('lost', ({ detail: { wasWaiting } }) => {
   if (!isGenerating(conversation)) return;
   failWith({ code: wasWaiting ? 'unreachable' : 'disconnected', retryable: true });
 });
+
+/** Say what happens to the answer when that changes, and not every second that a wait takes. */
+function announceNotice(before, now) {
+  if (now && (!before || noticeText(before) !== noticeText(now))) byId('status').textContent = noticeText(now);
+}
 
 function announceEnd() {
   const last = conversation.messages.at(-1);

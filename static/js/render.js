@@ -2,7 +2,7 @@
 
 import { toBlocks } from './blocks.js';
 import { h, icon } from './dom.js';
-import { outcomeText } from './texts.js';
+import { hopRows, noticeText, noticeTimeText, outcomeText, recoveredText, timesRows } from './texts.js';
 
 const COPY = 'M9 9h10v11H9zM5 15V4h10';
 const CHECK = 'M5 12.5l4.5 4.5L19 7.5';
@@ -12,6 +12,10 @@ export class MessageView {
   #body = h('div', { class: 'body', dir: 'auto' });
   #foot = h('div', { class: 'foot' });
   #stats = h('span', { class: 'stats' });
+  #noticeText = h('span');
+  #noticeTime = h('span', { class: 'notice-time' });
+  #notice = h('p', { class: 'route-notice', hidden: true }, h('span', { class: 'pulse', 'aria-hidden': 'true' }), this.#noticeText, this.#noticeTime);
+  #times = h('div');
   #message = null;
   #blocks = [];
 
@@ -20,11 +24,14 @@ export class MessageView {
     this.element = h('article', { class: `message ${role}`, 'aria-label': name }, this.#body, this.#foot);
     if (role === 'user') return;
     this.#foot.append(copyButton('Copy answer', () => this.#message.content, onCopy), this.#stats);
+    this.#foot.before(this.#notice);
+    this.element.append(this.#times);
   }
 
   update(message) {
     if (message === this.#message) return;
     const isNewText = message.content !== this.#message?.content || message.state !== this.#message?.state;
+    const isNewReport = message.outcome?.times !== this.#message?.outcome?.times;
     this.#message = message;
     this.element.dataset.state = message.state;
     this.element.setAttribute('aria-busy', String(message.state === 'waiting' || message.state === 'streaming'));
@@ -32,6 +39,17 @@ export class MessageView {
     if (message.role !== 'assistant') return;
     this.#foot.hidden = message.content === '' && message.outcome === null;
     this.#stats.textContent = statsText(message);
+    this.#renderNotice(message.notice);
+    if (isNewReport) this.#times.replaceChildren(...timesReport(message.outcome?.times));
+  }
+
+  /** Only texts that changed are touched: a wait counts down every second. */
+  #renderNotice(notice) {
+    this.#notice.hidden = !notice;
+    if (!notice) return;
+    this.#notice.dataset.kind = notice.kind;
+    if (this.#noticeText.textContent !== noticeText(notice)) this.#noticeText.textContent = noticeText(notice);
+    this.#noticeTime.textContent = noticeTimeText(notice);
   }
 
   #renderText({ role, content, state }) {
@@ -95,7 +113,23 @@ function emptyText(state) {
   return state === 'stopped' ? 'Stopped before the first word.' : state === 'failed' ? 'No answer.' : 'The answer is empty.';
 }
 
-function statsText({ state, outcome }) {
-  if (outcome) return outcomeText(outcome);
-  return state === 'failed' ? 'broken off' : '';
+function statsText(message) {
+  const { state, outcome } = message;
+  const ending = outcome ? outcomeText(outcome) : state === 'failed' ? 'broken off' : '';
+  return [ending, recoveredText(message)].filter(Boolean).join(' · ');
+}
+
+/** Return the elements that tell where the time of an answer went; none without a report of at least a token. */
+function timesReport(times) {
+  if (!times?.tokens) return [];
+  const hops = hopRows(times);
+  const tables = [table(['', 'First token', 'A token', 'All'], timesRows(times))];
+  if (hops.length) tables.push(table(['A token at', 'Computing', 'Network'], hops));
+  return [h('details', { class: 'times' }, h('summary', {}, 'Where the time went'), h('div', { class: 'tables', tabindex: '0', role: 'group', 'aria-label': 'Where the time went' }, ...tables))];
+}
+
+function table(head, rows) {
+  const headCells = head.map((name) => (name ? h('th', { scope: 'col' }, name) : h('td')));
+  const body = rows.map(([name, ...cells]) => h('tr', {}, h('th', { scope: 'row' }, name), ...cells.map((cell) => h('td', {}, cell))));
+  return h('table', {}, h('thead', {}, h('tr', {}, ...headCells)), h('tbody', {}, ...body));
 }

@@ -20,8 +20,11 @@ const ERRORS = {
   unreachable: 'The site cannot be reached, or has no free place. Try again in a minute.',
 };
 
-/** Return what to show for an error {code, message, retryable, request_id?}. */
-export function errorText({ code, message, request_id: requestId }) {
+/** Return what to show for an error {code, message, retryable, request_id?}; `blocks` are those that it waited for. */
+export function errorText({ code, message, request_id: requestId, blocks = [] }) {
+  if (code === 'missing_blocks' && blocks.length) {
+    return `Part of the model is offline right now: ${blocksText(blocks)}. Nobody brought it back in time. Try again later.`;
+  }
   const known = Object.hasOwn(ERRORS, code) ? ERRORS[code] : null;
   if (!known) return message ? `The site answered: ${message}` : ERRORS.internal_error;
   return code === 'internal_error' && requestId ? `${known} Its log knows more under ${requestId}.` : known;
@@ -37,6 +40,68 @@ export function shortNumber(value) {
 /** Return a duration: 35 ms, 0.4 s, 12 s. */
 export function shortTime(seconds) {
   return seconds < 0.1 ? `${Math.max(1, Math.round(seconds * 1000))} ms` : `${shortNumber(seconds)} s`;
+}
+
+/** Return spans such as ["12:16"], half-open, as people read them: “blocks 12–15”. */
+export function blocksText(spans) {
+  const names = spans.map((span) => {
+    const [start, end] = span.split(':').map(Number);
+    return end - start === 1 ? `block ${start}` : `blocks ${start}–${end - 1}`;
+  });
+  return names.join(', ') || 'some blocks';
+}
+
+/** Return what happens to an answer that is being written, without what changes every second. */
+export function noticeText(notice) {
+  if (notice.kind === 'recovered') return 'Going on.';
+  const blocks = blocksText(notice.blocks);
+  const isOne = notice.blocks.length === 1 && blocks.startsWith('block ');
+  switch (notice.cause) {
+    case 'looking':
+      return 'A volunteer’s machine left; looking for another…';
+    case 'no_answer':
+      return 'A volunteer’s machine is silent, and no other has its part; waiting for it…';
+    case 'missing_blocks':
+      return `Waiting: ${blocks} ${isOne ? 'has' : 'have'} no node.`;
+    default:
+      return `Waiting: no machine can take ${blocks} just now.`;
+  }
+}
+
+/** Return how long a wait goes on, or nothing where that is not known. */
+export function noticeTimeText(notice) {
+  const hasEnd = notice.kind === 'waiting' && notice.cause !== 'looking' && notice.leftS !== null;
+  return hasEnd ? `${Math.max(1, Math.round(notice.leftS))} s left` : '';
+}
+
+/** Return the note that stays with an answer that lost machines, or nothing. */
+export function recoveredText({ numRecoveries, stallS }) {
+  if (!numRecoveries) return '';
+  const times = numRecoveries === 1 ? '' : ` ${numRecoveries} times`;
+  return `went on${times} after a machine was missing, ${shortTime(stallS)} lost`;
+}
+
+const PARTS = [
+  ['compute_s', 'Computing'],
+  ['wire_s', 'Network'],
+  ['queue_s', 'Queues'],
+  ['client_s', 'This site'],
+  ['stall_s', 'Lost machines'],
+  ['total_s', 'All'],
+];
+
+/** Return the rows of the table of where the time went: [name, first token, one token, all]; what took none is left out. */
+export function timesRows({ first_token: first, per_token: one, total }) {
+  return PARTS.filter(([part]) => total[part] > 0).map(([part, name]) => [
+    name, ...[first, one, total].map((column) => (column[part] > 0 ? shortTime(column[part]) : '–')),
+  ]);
+}
+
+/** Return the rows of the machines: [“blocks 0–11 · …Zb3rYm”, computing, network], for one token. */
+export function hopRows({ hops }) {
+  return hops.map(({ blocks, peer, per_token: one }) => [
+    `${blocksText([blocks])} · ${peer}`, ...[one.compute_s, one.wire_s].map((value) => (value > 0 ? shortTime(value) : '–')),
+  ]);
 }
 
 /** Return the line under an answer, such as “12.3 tokens/s · first token after 0.4 s · stopped”. */

@@ -93,6 +93,51 @@ def test_errors_are_told_plainly_and_can_be_retried(page: Page, question: str, w
     expect(answer(page)).to_contain_text("An umbel is")
 
 
+NOTE_STATUS = """() => {
+  window.spoken = [];
+  const status = document.getElementById('status');
+  const note = () => spoken.push(status.textContent);
+  new MutationObserver(note).observe(status, {childList: true, characterData: true, subtree: true});
+}"""
+
+
+@pytest.mark.parametrize("width", [320, 1100])
+def test_a_lost_machine_is_told_in_the_answer_and_a_note_of_it_stays(page: Page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 700})
+    page.evaluate(NOTE_STATUS)
+    ask(page, "replaced")
+    notice = answer(page).locator(".route-notice")
+    expect(notice).to_have_text(re.compile(r"^Waiting: blocks 12–15 have no node\.29 s left$"))
+    expect(answer(page)).to_contain_text("one two")
+    expect(notice).to_have_text("Going on.")
+    wait_for_end(page)
+    expect(notice).to_be_hidden()
+    expect(answer(page)).to_contain_text("went on after a machine was missing, 1.5 s lost")
+    spoken = page.evaluate("spoken")
+    assert [text for text in spoken if text.startswith("Waiting")] == ["Waiting: blocks 12–15 have no node."]
+    assert spoken.index("Going on.") > spoken.index("A volunteer’s machine left; looking for another…")
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")  # the disclosure is the last thing before the message field
+    report = answer(page).get_by_role("group", name="Where the time went").get_by_role("table")
+    expect(report.first).to_contain_text("Lost machines")
+    expect(report.last).to_contain_text("blocks 12–15 · …other2")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_wait_in_vain_keeps_the_text_and_can_be_retried(page: Page) -> None:
+    ask(page, "vanish")
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("offline right now: blocks 12–15")
+    expect(answer(page)).to_contain_text("one two")
+    expect(answer(page)).to_contain_text("broken off")
+    expect(answer(page).locator(".route-notice")).to_be_hidden()
+    alert.get_by_role("button", name="Retry").click()
+    expect(answer(page).locator(".route-notice")).to_contain_text("no node")
+    expect(page.get_by_role("article")).to_have_count(2)
+    page.keyboard.press("Escape")
+    expect(answer(page)).to_contain_text("stopped")
+
+
 def test_markup_in_messages_stays_text(page: Page) -> None:
     ask(page, "<img src=https://evil.example/x onerror=alert(1)> <b>hi</b>")
     wait_for_end(page)

@@ -52,7 +52,7 @@ test('an error of no generation ends the one that runs', () => {
 
 test('events of other generations, repeated ones and unknown ones change nothing', () => {
   const conversation = after(delta(0, 'a'));
-  for (const event of [delta(1, 'x', 'other'), done('stop', 'other'), delta(0, 'a'), { type: 'route_changed', id: 'g' }]) {
+  for (const event of [delta(1, 'x', 'other'), done('stop', 'other'), delta(0, 'a'), { type: 'route_changed', id: 'g' }, { type: 'waiting', id: 'other' }]) {
     assert.equal(receive(conversation, event), conversation);
   }
   const ended = receive(conversation, done());
@@ -65,4 +65,38 @@ test('earlier states are never changed', () => {
   const copy = structuredClone(first);
   receive(receive(first, delta(0, 'a')), done());
   assert.deepEqual(first, copy);
+});
+
+const wait = (cause, left = 30) => ({ type: 'waiting', id: 'g', cause, blocks: ['12:16'], left_s: left });
+const recovered = { type: 'recovered', id: 'g', stall_s: 1.5, tokens: 40 };
+const last = (conversation) => conversation.messages.at(-1);
+
+test('a wait is shown until text comes', () => {
+  const waiting = after(delta(0, 'a'), wait('looking'), wait('missing_blocks', 29.4));
+  assert.deepEqual(last(waiting).notice, { kind: 'waiting', cause: 'missing_blocks', blocks: ['12:16'], leftS: 29.4 });
+  assert.equal(last(waiting).content, 'a');
+  assert.equal(last(receive(waiting, delta(1, 'b'))).notice, null);
+  assert.equal(last(after(wait('no_answer', null))).notice.leftS, null);
+});
+
+test('that it goes on is shown for some pieces, and a note of it stays', () => {
+  let conversation = after(delta(0, 'a'), wait('looking'), recovered);
+  for (let seq = 1; seq < 21; seq += 1) {
+    assert.equal(last(conversation).notice.kind, 'recovered');
+    conversation = receive(conversation, delta(seq, 'b'));
+  }
+  conversation = receive(conversation, delta(21, 'c'));
+  assert.equal(last(conversation).notice, null);
+  conversation = receive(conversation, { ...done(), times: { tokens: 22 } });
+  assert.equal(last(conversation).numRecoveries, 1);
+  assert.equal(last(conversation).stallS, 1.5);
+  assert.deepEqual(last(conversation).outcome.times, { tokens: 22 });
+});
+
+test('an end and an error take the notice away and keep the text', () => {
+  for (const event of [done('cancelled'), { type: 'error', id: 'g', code: 'missing_blocks' }]) {
+    const ended = receive(after(delta(0, 'a'), wait('missing_blocks')), event);
+    assert.equal(last(ended).notice, null);
+    assert.equal(last(ended).content, 'a');
+  }
 });
