@@ -240,10 +240,10 @@ EVENTS: dict[str, SessionEvent] = {
     "recovered": Recovered(1.5, 40),
 }
 WENT_ON = ("!tell changed", "!tell recovered")
-STORY = ("!tell looking", "!tell wait30", "!tell wait29")
+STORY = ("!tell looking", "!tell wait30", "!pause", "!tell wait29")
 
 
-PAUSE_S = 1.0  # for the page to show what happens
+PAUSE_S = 0.7  # for the page to show what happens
 WAIT_S = 20.0  # of the step that `stuck` asks for, unless it is cancelled
 
 
