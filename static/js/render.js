@@ -14,7 +14,7 @@ export class MessageView {
   #stats = h('span', { class: 'stats' });
   #noticeText = h('span');
   #noticeTime = h('span', { class: 'notice-time' });
-  #notice = h('p', { class: 'route-notice', hidden: true }, h('span', { class: 'pulse', 'aria-hidden': 'true' }), this.#noticeText, this.#noticeTime);
+  #notice = h('div', { class: 'route-notice', hidden: true }, h('span', { class: 'pulse', 'aria-hidden': 'true' }), this.#noticeText, this.#noticeTime);
   #times = h('div');
   #message = null;
   #blocks = [];
