@@ -19,6 +19,8 @@ Work without a session, a span run forward over whole sequences, goes over strea
 
     Forward → ForwardReply | ErrorReply
 
+How a session moves from a node that leaves to another one is in `transfer_messages.py`.
+
 `Ping → Pong` is answered on both. Fields are checked against the ranges written here when a message is decoded
 (`wire.py`); what depends on the receiver (the span it serves, its free cache) is checked by the receiver.
 """
@@ -28,10 +30,22 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from swarm_protocol.errors import InvalidTensorError, SwarmError
+from swarm_protocol.errors import SwarmError
 from swarm_protocol.ids import ID_BYTES
 from swarm_protocol.spans import Span
-from swarm_protocol.transport.base import Buffer
+from swarm_protocol.transfer_messages import (
+    CopySession,
+    Draining,
+    FetchSession,
+    OfferSession,
+    Pages,
+    SessionCopied,
+    SessionOffered,
+)
+from swarm_protocol.wire_tensor import DTYPE_BYTES as DTYPE_BYTES
+from swarm_protocol.wire_tensor import MAX_DIMENSIONS as MAX_DIMENSIONS
+from swarm_protocol.wire_tensor import WireTensor as WireTensor
+from swarm_protocol.wire_tensor import tensor_bytes as tensor_bytes
 
 PROTOCOL_VERSIONS = (1,)
 """What this side speaks, newest first; agreed on in `OpenSession`."""
@@ -57,11 +71,6 @@ MAX_ONWARD = 48
 MAX_PREFIX_PAGES = 512
 """Of one session: 32,768 tokens. Their hashes take 9 kB of a header."""
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
-"""The dtypes that travel, by torch's name, and their bytes per value."""
-
-MAX_DIMENSIONS = 4
-
 Id = Annotated[bytes, Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
 StepId = Annotated[int, Meta(ge=1, le=(1 << 62))]
 LastStepId = Annotated[int, Meta(ge=0, le=(1 << 62))]
@@ -74,49 +83,6 @@ ShortText = Annotated[str, Meta(max_length=160)]
 PageHashes = Annotated[tuple[Id, ...], Meta(max_length=MAX_PREFIX_PAGES)]
 Versions = Annotated[tuple[Annotated[int, Meta(ge=1, le=65535)], ...], Meta(min_length=1, max_length=16)]
 RowOrder = Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_BATCH_ROWS)], ...], Meta(max_length=MAX_BATCH_ROWS)]
-
-
-class WireTensor:
-    """A tensor as it travels: row-major little-endian values; `dtype` is a key of `DTYPE_BYTES`. Never changed.
-
-    A class of its own kind, not a dataclass, since the codec would read those by itself and its values are not a part
-    of the header. Raises InvalidTensorError if the bytes are not as many as shape and dtype say.
-    """
-
-    __slots__ = ("data", "dtype", "shape")
-
-    def __init__(self, dtype: str, shape: tuple[int, ...], data: Buffer) -> None:
-        needed, found = tensor_bytes(dtype, shape), memoryview(data).nbytes
-        if found != needed:
-            raise InvalidTensorError(f"{dtype} of shape {shape} takes {needed} bytes, not {found}")
-        self.dtype = dtype
-        self.shape = shape
-        self.data = data
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, WireTensor):
-            return NotImplemented
-        return (self.dtype, self.shape, bytes(self.data)) == (other.dtype, other.shape, bytes(other.data))
-
-    def __hash__(self) -> int:
-        return hash((self.dtype, self.shape, bytes(self.data)))
-
-    def __repr__(self) -> str:
-        return f"WireTensor({self.dtype}, {self.shape})"
-
-
-def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Return the bytes that a tensor takes on the wire. Raises InvalidTensorError if it cannot travel."""
-    size = DTYPE_BYTES.get(dtype)
-    if size is None:
-        raise InvalidTensorError(f"dtype {dtype[:20]!r} does not travel; use one of {', '.join(DTYPE_BYTES)}")
-    if len(shape) > MAX_DIMENSIONS:
-        raise InvalidTensorError(f"a tensor has at most {MAX_DIMENSIONS} dimensions, not {len(shape)}")
-    for length in shape:
-        if not 0 <= length < 1 << 31:
-            raise InvalidTensorError("a dimension is 0 to 2^31 - 1")
-        size *= length
-    return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +323,13 @@ Message = (
     | Ping
     | Pong
     | ErrorReply
+    | Draining
+    | OfferSession
+    | SessionOffered
+    | CopySession
+    | SessionCopied
+    | FetchSession
+    | Pages
 )
 
 MESSAGE_TYPES: tuple[type[Message], ...] = Message.__args__

@@ -27,7 +27,8 @@ Rules
     5. After a drop each side says the last step it has: the asking side its last finished, the answering side its last
        begun. The answering side sends the replies in between again, the asking side the steps that did not arrive.
        A claim that is outside of what this side knows raises StepOrderError: the session cannot be resumed.
-    6. CLOSED is final. Closing again does nothing.
+    6. A session in which no step was begun may be filled from another node's: `position` then counts those tokens.
+    7. CLOSED is final. Closing again does nothing.
 """
 
 from dataclasses import dataclass
@@ -116,6 +117,12 @@ class SessionState:
     def opened(self, position: int = 0) -> None:
         """The session was granted; `position` tokens are cached already."""
         self._apply(Event.OPENED)
+        self.position = position
+
+    def filled(self, position: int) -> None:
+        """So many tokens were copied from another node. Raises UnexpectedMessageError once a step was begun."""
+        if self.state not in (State.OPEN, State.DETACHED) or self.last_begun:
+            raise UnexpectedMessageError("only an open session without any step can be filled from another node's")
         self.position = position
 
     def extended(self, max_length: int) -> None:

@@ -47,6 +47,21 @@ class Page:
         return sum(states.nbytes for states in (*self.keys, *self.values))
 
 
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """What a token takes in one row: (heads, head_dim) of each block's keys and values, None for a block without any.
+
+    Caches of nodes with the same numerics have the same layout.
+    """
+
+    dtype: torch.dtype
+    blocks: tuple[tuple[tuple[int, int], tuple[int, int]] | None, ...]
+
+    def values_per_token(self, batch_size: int) -> int:
+        """Return how many numbers a token has in all rows and blocks."""
+        return batch_size * sum(heads * size for block in self.blocks if block is not None for heads, size in block)
+
+
 class PositionCache(Cache):  # type: ignore[misc]
     """What transformers asks of a cache whose blocks all hold the same tokens, so that the index never matters."""
 
@@ -190,6 +205,43 @@ class KVCache(PositionCache):
                 buffers[index] = buffer = self._grown(None, parts[0], num_tokens)
                 torch.cat(parts, dim=2, out=buffer[:, :, :num_tokens])
         self.position = PAGE_TOKENS * len(pages)
+
+    def layout(self) -> KVLayout | None:
+        """Return what tokens look like; None before the first step."""
+        found: list[tuple[tuple[int, int], tuple[int, int]] | None] = []
+        dtype: torch.dtype | None = None
+        for keys, values in zip(self._keys, self._values, strict=True):
+            if keys is None or values is None:
+                found.append(None)
+            else:
+                dtype = keys.dtype
+                found.append(((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])))
+        return None if dtype is None else KVLayout(dtype, tuple(found))
+
+    def read_tokens(self, start: int, end: int) -> torch.Tensor:
+        """Return copies of the tokens `[start, end)`, which have to be cached, as (tokens, values): see `Pages`."""
+        buffers = [b for pair in zip(self._keys, self._values, strict=True) for b in pair if b is not None]
+        widths = [buffer.shape[0] * buffer.shape[1] * buffer.shape[3] for buffer in buffers]
+        states = buffers[0].new_empty(end - start, sum(widths))
+        for part, buffer in zip(torch.split(states, widths, dim=1), buffers, strict=True):
+            tokens = buffer[:, :, start:end].permute(2, 0, 1, 3)
+            part.view(tokens.shape).copy_(tokens)
+        return states
+
+    def append_tokens(self, states: torch.Tensor, layout: KVLayout) -> None:
+        """Write what `read_tokens` of another cache returned behind the tokens that are here."""
+        at, num_tokens = 0, states.shape[0]
+        for block, shapes in enumerate(layout.blocks):
+            if shapes is None:
+                continue
+            pair = []
+            for heads, size in shapes:
+                width = self.batch_size * heads * size
+                tokens = states[:, at : at + width].view(num_tokens, self.batch_size, heads, size)
+                pair.append(tokens.permute(1, 2, 0, 3))
+                at += width
+            self.update(pair[0], pair[1], self.blocks.start + block)
+        self.advance(num_tokens)
 
     def reorder(self, row_order: Sequence[int]) -> None:
         """Make row `i` a copy of what was row `row_order[i]`, as beam search does.

@@ -51,6 +51,34 @@ class ForwardWork:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadWork:
+    """Copy tokens of a session's cache from `position` on, about `max_bytes` of them, for another node."""
+
+    cache: KVCache
+    position: int
+    max_bytes: int
+    owner: PeerId = NOBODY
+
+
+@dataclass(frozen=True, slots=True)
+class AppendWork:
+    """Write tokens that another node's `ReadWork` gave into a session's cache at `position`; returns the cache."""
+
+    cache: KVCache
+    position: int
+    states: WireTensor
+    owner: PeerId = NOBODY
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTokens:
+    """Keys and values (tokens, values) of some tokens; `num_left` are cached behind them."""
+
+    states: WireTensor
+    num_left: int
+
+
+@dataclass(frozen=True, slots=True)
 class Computed:
     """The output in the dtype of the input, how long the work waited, and how long it took.
 
@@ -62,4 +90,4 @@ class Computed:
     compute_s: float
 
 
-Work = AllocateWork | StepWork | ForwardWork
+Work = AllocateWork | StepWork | ForwardWork | ReadWork | AppendWork

@@ -10,9 +10,19 @@ import torch
 from server_node.compute.batch_runner import BatchRunner, DecodeStep, Joining
 from server_node.compute.block_runner import BlockRunner
 from server_node.compute.kv_cache import KVCache
+from server_node.compute.kv_copies import KVCopies
 from server_node.compute.prefix_store import PrefixStore
 from server_node.compute.scheduler import Batch, BatchLimits, Kind, Scheduler, Waiting
-from server_node.compute.work import AllocateWork, Computed, ForwardWork, StepWork, Work
+from server_node.compute.work import (
+    AllocateWork,
+    AppendWork,
+    Computed,
+    ForwardWork,
+    ReadTokens,
+    ReadWork,
+    StepWork,
+    Work,
+)
 from swarm_protocol.spans import Span
 from swarm_protocol.tensors import check_finite, from_wire, to_wire
 
@@ -37,7 +47,7 @@ class Job:
     compute_s: float = 0.0
     states: torch.Tensor | None = None
     outputs: list[torch.Tensor] = field(default_factory=list)
-    result: KVCache | Computed | None = None
+    result: KVCache | Computed | ReadTokens | None = None
     error: BaseException | None = None
 
     @property
@@ -56,6 +66,7 @@ class WorkRunner:
     ) -> None:
         self._runner = runner
         self.prefixes = PrefixStore(0)
+        self._copies = KVCopies(runner)
         self._clock = clock
         self._scheduler = Scheduler(limits)
         self.batches = BatchRunner(runner)
@@ -108,7 +119,7 @@ class WorkRunner:
 
     def _describe(self, job: Job, with_group: bool) -> Waiting:
         work, kind = job.work, self._kind(job.work)
-        if isinstance(work, AllocateWork):
+        if not isinstance(work, StepWork | ForwardWork):
             return Waiting(job.arrival, kind, peer=work.owner, since_s=job.submitted_s)
         num_rows, num_tokens, _ = work.hidden_states.shape
         if isinstance(work, ForwardWork):
@@ -141,6 +152,8 @@ class WorkRunner:
         if isinstance(work, AllocateWork):
             # Pages that are known are copied, and there may be as many as a prompt has.
             return Kind.PREFILL if work.prefix else Kind.ALLOCATE
+        if isinstance(work, ReadWork | AppendWork):
+            return Kind.PREFILL
         if isinstance(work, ForwardWork):
             return Kind.FORWARD
         num_rows, num_tokens, _ = work.hidden_states.shape
@@ -171,6 +184,10 @@ class WorkRunner:
                 cache = self._runner.new_cache(work.batch_size, work.max_tokens, work.blocks)
                 self.prefixes.fill(cache, work.owner, work.prefix)
                 job.result = cache
+            elif isinstance(work, ReadWork):
+                job.result = self._copies.read(work)
+            elif isinstance(work, AppendWork):
+                job.result = self._copies.append(work)
             elif job.states is None and not self._receive(job):
                 return
             elif isinstance(work, ForwardWork):
@@ -206,13 +223,13 @@ class WorkRunner:
     @staticmethod
     def _is_more(job: Job) -> bool:
         work = job.work
-        assert not isinstance(work, AllocateWork)
+        assert isinstance(work, StepWork | ForwardWork)
         all_of_it = len(work.blocks) if isinstance(work, ForwardWork) else work.hidden_states.shape[1]
         return job.num_done < all_of_it
 
     def _receive(self, job: Job) -> bool:
         """Bring a job's hidden states to the device; return whether they are fit to be computed with."""
-        assert not isinstance(job.work, AllocateWork)
+        assert isinstance(job.work, StepWork | ForwardWork)
         try:
             # After the conversion: a float32 may be finite and still too large for float16.
             job.states = self._runner.placed(from_wire(job.work.hidden_states))
@@ -245,7 +262,7 @@ def _forget(work: StepWork) -> None:
 
 
 def _conclude(job: Job, clock: Callable[[], float]) -> None:
-    assert not isinstance(job.work, AllocateWork)
+    assert isinstance(job.work, StepWork | ForwardWork)
     started_s = clock()
     try:
         output = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs, dim=1)

@@ -27,7 +27,16 @@ from server_node.compute.gathering import Gathering
 from server_node.compute.kv_cache import KVCache, kv_bytes_per_token
 from server_node.compute.opened_model import OpenedModel, open_model
 from server_node.compute.scheduler import Batch, BatchLimits, Kind
-from server_node.compute.work import AllocateWork, Computed, ForwardWork, StepWork, Work
+from server_node.compute.work import (
+    AllocateWork,
+    AppendWork,
+    Computed,
+    ForwardWork,
+    ReadTokens,
+    ReadWork,
+    StepWork,
+    Work,
+)
 from server_node.compute.work_runner import Job, WorkRunner, is_decode
 from swarm_protocol.errors import ConfigError, LimitExceededError
 from swarm_protocol.model.checkpoint import Progress
@@ -60,7 +69,7 @@ class _Ticket:
     """A job and who waits for it."""
 
     job: Job
-    waiter: "asyncio.Future[KVCache | Computed]"
+    waiter: "asyncio.Future[KVCache | Computed | ReadTokens]"
 
 
 class ComputeWorker:
@@ -127,10 +136,12 @@ class ComputeWorker:
         self._runner.prefixes.max_bytes = max_bytes
 
     @overload
-    async def run(self, work: AllocateWork) -> KVCache: ...
+    async def run(self, work: AllocateWork | AppendWork) -> KVCache: ...
+    @overload
+    async def run(self, work: ReadWork) -> ReadTokens: ...
     @overload
     async def run(self, work: StepWork | ForwardWork) -> Computed: ...
-    async def run(self, work: Work) -> KVCache | Computed:
+    async def run(self, work: Work) -> KVCache | Computed | ReadTokens:
         """Do `work` on the device and return its result.
 
         Raises LimitExceededError if too much waits, InvalidTensorError for values that are not finite, and what
