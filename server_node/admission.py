@@ -51,6 +51,8 @@ class ServedSpan:
     hidden_size: int
     dtype: str
     cache_tokens: int
+    numerics: str = ""
+    """As in the node's record: keys and values move only between nodes whose numerics are equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,10 @@ class Admission:
     def __init__(self, served: ServedSpan, limits: NodeLimits) -> None:
         self.served = served
         self.limits = limits
-        self.is_draining = False
+        self.leaves_at_s: float | None = None
+        """When open sessions have to be gone, on the loop's clock, once the node is draining."""
+        self.has_left = False
+        """Whether it takes no more steps either."""
         self.free_token_blocks = self._all_token_blocks
         self.num_queued = 0
         self._sessions: Counter[PeerId] = Counter()
@@ -92,6 +97,11 @@ class Admission:
         self.rates = PeerRates(
             limits.peer_bytes_per_s, limits.peer_burst_bytes, limits.peer_messages_per_s, limits.peer_burst_messages
         )
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the node is leaving: what is open goes on for a while, nothing new is begun."""
+        return self.leaves_at_s is not None
 
     @property
     def free_tokens(self) -> int:
@@ -205,8 +215,8 @@ class Admission:
 
     def queue(self, peer_id: PeerId) -> None:
         """Count a step or forward pass that waits or runs. Raises LimitExceededError, NodeDrainingError."""
-        if self.is_draining:
-            raise NodeDrainingError("this node is leaving and begins nothing new")
+        if self.has_left:
+            raise NodeDrainingError("this node is leaving and takes no more steps")
         if self._queued[peer_id] >= self.limits.max_queued_per_peer or self.num_queued >= self.limits.max_queued:
             raise LimitExceededError(f"{self.num_queued} steps wait here, {self._queued[peer_id]} of them this peer's")
         self.queue_anyway(peer_id)
@@ -242,6 +252,8 @@ class Admission:
 
     def check_forward(self, request: Forward) -> Span:
         """Return the blocks that `request` is to run through. Raises SwarmError if it cannot be served."""
+        if self.is_draining:
+            raise NodeDrainingError("this node is leaving and begins nothing new")
         blocks = self._checked_blocks(request)
         self._check_hidden_states(request.hidden_states, None)
         if not math.prod(request.hidden_states.shape):

@@ -33,6 +33,7 @@ from swarm_protocol.errors import (
 from swarm_protocol.ids import short_peer
 from swarm_protocol.messages import (
     CloseSession,
+    Draining,
     ErrorReply,
     Forward,
     ForwardReply,
@@ -98,8 +99,13 @@ class NodeHandlers:
         """Serve one stream of COMPUTE_PROTOCOL; runs until either side ends it."""
         await self._serve(stream, self._admission.payload_bytes(), self._compute_stream)
 
+    async def serve_with(self, stream: FrameStream, conversation: Conversation) -> None:
+        """Serve a stream of another protocol, whose messages `conversation` takes, within the same limits."""
+        await self._serve(stream, _GREETING_BYTES, conversation)
+
     async def drain(self, timeout_s: float) -> None:
-        """Wait for what runs, at most `timeout_s`, then end every session and stream. New work is refused already."""
+        """Take no more steps; wait for what runs, at most `timeout_s`, then end every session and stream."""
+        self._admission.has_left = True
         try:
             async with asyncio.timeout(timeout_s):
                 while self._admission.num_queued:
@@ -160,6 +166,8 @@ class NodeHandlers:
 
     async def _session_stream(self, link: Link, _: ExitStack) -> None:
         session = await self._greet(link)
+        if self._admission.leaves_at_s is not None:  # it was said on the stream that dropped, or not at all
+            link.post(Draining(max(0.0, self._admission.leaves_at_s - _now_s())))
         link.allow_payload(self._admission.payload_bytes(session.plan))
         try:
             while session.link is link and not session.is_closed:

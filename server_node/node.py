@@ -15,15 +15,23 @@ from server_node.benchmark import measure_speed
 from server_node.compute.opened_model import OpenedModel
 from server_node.compute.worker import ComputeWorker, LoadedSpan
 from server_node.config import ModelChoice, NodeConfig, NodeLimits
+from server_node.draining import drain_sessions
 from server_node.handlers import NodeHandlers
 from server_node.neighbours import NeighbourPings
 from server_node.placement import choose_span, num_blocks_that_fit
 from server_node.sessions import SessionTable
 from server_node.speed import RoutingFacts, SpeedMeter
+from server_node.transfers import Transfers
 from swarm_protocol.errors import ConfigError, InvalidRecordError, PeerUnreachableError, StreamLostError
 from swarm_protocol.identity import Identity, load_or_create_identity, verify
 from swarm_protocol.ids import PeerId, short_peer
-from swarm_protocol.messages import COMPUTE_PROTOCOL, PROTOCOL_VERSIONS, RING_PROTOCOL, SESSION_PROTOCOL
+from swarm_protocol.messages import (
+    COMPUTE_PROTOCOL,
+    PROTOCOL_VERSIONS,
+    RING_PROTOCOL,
+    SESSION_PROTOCOL,
+    TRANSFER_PROTOCOL,
+)
 from swarm_protocol.model.checkpoint import Progress
 from swarm_protocol.records import NodeRecord, directory_keys, unseal
 from swarm_protocol.spans import Span
@@ -38,6 +46,9 @@ OpenNetwork = Callable[[NetworkConfig], Awaitable[Transport]]
 _LOOKUP_TIMEOUT_S = 30.0
 """To read who serves what: some lookups of a few round trips each."""
 
+_LAST_STEPS_S = 5.0
+"""For steps that run when the time of the open sessions is over."""
+
 
 @dataclass(frozen=True, slots=True)
 class Online:
@@ -50,10 +61,14 @@ class Online:
 
 @dataclass(frozen=True, slots=True)
 class Observer:
-    """Whom a node tells how it gets on: `on_loading` on the device thread, `on_online` on the loop, once."""
+    """Whom a node tells how it gets on: `on_loading` on the device thread, the others on the loop.
+
+    `on_online` comes once, `on_draining` with the number of sessions that are still here while the node leaves.
+    """
 
     on_loading: Progress
     on_online: Callable[[Online], None]
+    on_draining: Callable[[int], None] = lambda _: None
 
 
 async def open_hivemind(config: NetworkConfig) -> Transport:
@@ -93,7 +108,7 @@ async def run_node(
                 online = Online(served.model, span, best_address(transport.addresses))
                 node = Node(transport, announcer, worker, served, config.limits)
                 await measure_speed(worker, served, node.speed)
-                await node.serve(stop, lambda: observer.on_online(online))
+                await node.serve(stop, lambda: observer.on_online(online), observer.on_draining)
     finally:
         worker.close()
 
@@ -118,8 +133,10 @@ class Node:
         self._worker = worker
         self._limits = limits
 
-    async def serve(self, stop: asyncio.Event, on_online: Callable[[], None]) -> None:
-        """Serve sessions and forward passes until `stop` is set and what ran by then has ended.
+    async def serve(
+        self, stop: asyncio.Event, on_online: Callable[[], None], on_draining: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Serve sessions and forward passes until `stop` is set and the sessions have moved, or their time is over.
 
         Raises StreamLostError, in a group, if the network is lost for good: a node that nobody reaches must not look
         alive.
@@ -129,6 +146,10 @@ class Node:
             await self._transport.serve(SESSION_PROTOCOL, handlers.serve_session)
             await self._transport.serve(RING_PROTOCOL, handlers.serve_ring)
             await self._transport.serve(COMPUTE_PROTOCOL, handlers.serve_compute)
+            transfers = Transfers(self._transport, self.admission, self.sessions, self._worker)
+            await self._transport.serve(
+                TRANSFER_PROTOCOL, lambda stream: handlers.serve_with(stream, transfers.converse)
+            )
             cache_tokens = self.admission.served.cache_tokens
             self._announcer.serving(cache_tokens, lambda: self.admission.tokens_for_new_sessions, self._routing_facts)
             await self._announcer.announce("online")
@@ -136,9 +157,15 @@ class Node:
             pinging = group.create_task(self._neighbours.run(), name="neighbour pings")
             await stopped_or_lost(stop, self._transport)
             pinging.cancel()
-            self.admission.is_draining = True
-            await self._announcer.announce("draining")
-            await handlers.drain(self._limits.drain_s)
+            ends_s = asyncio.get_running_loop().time() + self._limits.drain_s
+            await drain_sessions(
+                self.admission,
+                self.sessions,
+                self._limits.drain_s,
+                lambda: self._announcer.announce("draining"),
+                on_draining,
+            )
+            await handlers.drain(max(_LAST_STEPS_S, ends_s - asyncio.get_running_loop().time()))
 
     def _routing_facts(self) -> RoutingFacts:
         return self.speed.facts(self._neighbours.pings_s, asyncio.get_running_loop().time())
@@ -282,7 +309,12 @@ async def _load(
         hidden_size=loaded.hidden_size,
         dtype=loaded.dtype,
         cache_tokens=cache_tokens,
+        numerics=_numerics(model),
     )
+
+
+def _numerics(model: OpenedModel) -> str:
+    return f"{model.checkpoint.revision}/{dtype_name(model.dtype)}/{model.kernels}"
 
 
 def _record(transport: Transport, model: OpenedModel, span: Span, name: str) -> NodeRecord:
@@ -301,7 +333,7 @@ def _record(transport: Transport, model: OpenedModel, span: Span, name: str) -> 
         versions=PROTOCOL_VERSIONS,
         software=f"umbel {_version()}",
         dtype=dtype,
-        numerics=f"{model.checkpoint.revision}/{dtype}/{model.kernels}",
+        numerics=_numerics(model),
         free_tokens=0,
         max_tokens=0,
         name=name,

@@ -15,7 +15,8 @@ import asyncio
 import hmac
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
 from server_node.admission import Admission, SessionPlan
@@ -177,6 +178,9 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._sessions.values()))
+
     @property
     def num_running(self) -> int:
         """Steps that wait for the device or are on it."""
@@ -222,18 +226,34 @@ class SessionTable:
         session.plan = self._admission.extend(session.plan, max_tokens)
         session.state.extended(session.plan.max_tokens)
 
+    def find(self, peer_id: PeerId, session_id: bytes, resume_token: bytes) -> Session:
+        """Return a session to the peer that opened it. Raises SessionNotFoundError, for a wrong token, too."""
+        session = self._sessions.get((peer_id, session_id))
+        # The comparison takes as long for a session that is not there, so that nobody learns which ids are.
+        token = session.resume_token if session is not None else bytes(ID_BYTES)
+        is_right = hmac.compare_digest(token, resume_token)
+        if session is None or not is_right or session.state.state not in (State.OPEN, State.DETACHED):
+            raise SessionNotFoundError("no session with this id and resume token is here: open a new one")
+        return session
+
+    @contextmanager
+    def held(self, session: Session) -> Iterator[None]:
+        """Keep the cache of a session inside, even if it is closed, as while a step runs."""
+        session.num_running += 1
+        try:
+            yield
+        finally:
+            session.num_running -= 1
+            if session.is_closed and not session.num_running:
+                self._release(session)
+
     async def resume(self, request: ResumeSession, link: Link) -> Session:
         """Move a session to `link` and send there what its peer lacks; the stream it was on, if any, is ended.
 
         Raises SessionNotFoundError for an unknown session as for a wrong token, and StepOrderError for a claim that
         cannot be true; the session then stays as it was.
         """
-        session = self._sessions.get((link.peer_id, request.session_id))
-        # The comparison takes as long for a session that is not there, so that nobody learns which ids are.
-        token = session.resume_token if session is not None else bytes(ID_BYTES)
-        is_right = hmac.compare_digest(token, request.resume_token)
-        if session is None or not is_right or session.state.state not in (State.OPEN, State.DETACHED):
-            raise SessionNotFoundError("no session with this id and resume token is here: open a new one")
+        session = self.find(link.peer_id, request.session_id, request.resume_token)
         lacking = session.state.replies_to_resend(request.last_step_id)
         self._stop_expiry(session)
         replaced, session.link = session.link, link

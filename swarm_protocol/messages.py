@@ -33,15 +33,14 @@ from msgspec import Meta
 from swarm_protocol.errors import SwarmError
 from swarm_protocol.ids import ID_BYTES
 from swarm_protocol.spans import Span
-from swarm_protocol.transfer_messages import (
-    CopySession,
-    Draining,
-    FetchSession,
-    OfferSession,
-    Pages,
-    SessionCopied,
-    SessionOffered,
-)
+from swarm_protocol.transfer_messages import TRANSFER_PROTOCOL as TRANSFER_PROTOCOL
+from swarm_protocol.transfer_messages import CopySession as CopySession
+from swarm_protocol.transfer_messages import Draining as Draining
+from swarm_protocol.transfer_messages import FetchSession as FetchSession
+from swarm_protocol.transfer_messages import OfferSession as OfferSession
+from swarm_protocol.transfer_messages import Pages as Pages
+from swarm_protocol.transfer_messages import SessionCopied as SessionCopied
+from swarm_protocol.transfer_messages import SessionOffered as SessionOffered
 from swarm_protocol.wire_tensor import DTYPE_BYTES as DTYPE_BYTES
 from swarm_protocol.wire_tensor import MAX_DIMENSIONS as MAX_DIMENSIONS
 from swarm_protocol.wire_tensor import WireTensor as WireTensor

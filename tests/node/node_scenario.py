@@ -170,12 +170,14 @@ class Scenario:
 
 
 @asynccontextmanager
-async def serving_node(worker: GatedWorker | None = None, **limits: Any) -> AsyncIterator[Scenario]:
-    network = MemoryNetwork()
+async def serving_node(
+    worker: GatedWorker | None = None, network: MemoryNetwork | None = None, numerics: str = "test", **limits: Any
+) -> AsyncIterator[Scenario]:
+    network = network or MemoryNetwork()
     transport = network.transport()
     worker = worker or GatedWorker()
     announcer = Announcer(transport, network.identity(transport.peer_id).sign, node_record(transport))
-    served = ServedSpan(MODEL, REVISION, SPAN, HIDDEN, "float32", CACHE_TOKENS)
+    served = ServedSpan(MODEL, REVISION, SPAN, HIDDEN, "float32", CACHE_TOKENS, numerics)
     node = Node(transport, announcer, worker, served, replace(WHOLE_CACHE, **limits))
     stop, online = asyncio.Event(), asyncio.Event()
     serving = asyncio.create_task(node.serve(stop, online.set), name="node")

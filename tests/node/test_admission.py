@@ -169,7 +169,7 @@ def test_one_peer_gets_its_share_of_the_cache_and_no_more():
 
 def test_a_draining_node_begins_nothing():
     admission = ledger()
-    admission.is_draining = True
+    admission.leaves_at_s, admission.has_left = 1.0, True
     for begin in (lambda: admission.admit(request(), ALICE), lambda: admission.queue(ALICE)):
         with pytest.raises(SwarmError) as caught:
             begin()

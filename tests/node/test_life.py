@@ -6,7 +6,8 @@ import logging
 import pytest
 
 from server_node.announcer import Announcer
-from swarm_protocol.messages import CloseSession, Step
+from server_node.draining import IDLE_S
+from swarm_protocol.messages import CloseSession, Draining, ErrorReply, SessionClosed, SessionResumed, Step
 from swarm_protocol.records import REFRESH_PERIOD_S
 from swarm_protocol.tensors import to_wire
 from swarm_protocol.transport.memory_net import MemoryNetwork
@@ -19,6 +20,7 @@ from tests.node.node_scenario import (
     local_output,
     node_record,
     open_session,
+    resume,
     serving_node,
     settle,
     states,
@@ -42,26 +44,68 @@ async def test_the_record_says_what_is_free():
 
 
 @virtual
-async def test_a_draining_node_ends_what_runs_and_begins_nothing():
+async def test_a_draining_node_goes_on_with_open_sessions_and_begins_nothing():
     async with serving_node() as node:
         running, _ = await node.open()
         idle, _ = await node.open()
+        going_on, _ = await node.open()
         greeting, computing = await node.dial(), await node.dial_compute()
         node.worker.gate.clear()
         await running.send(Step(1, 0, to_wire(states(2))))
         await settle()
+        began_s = asyncio.get_running_loop().time()
         node.stop.set()
-        await settle()
+        for talk in (running, idle, going_on):
+            assert await talk.receive() == Draining(60.0)
         assert node.record().state == "draining"
         assert_error(await greeting.ask(open_session()), "node_draining")
-        assert_error(await idle.step(1, 0, states(1)), "node_draining", step_id=1)
         assert_error(await computing.ask(forward(states(1))), "node_draining", step_id=1)
         node.worker.gate.set()
         assert_output(await running.receive(), local_output(states(2)))
-        for talk in (running, idle, greeting, computing):
+        for position in range(20):  # a session in which something happens is not ended
+            await asyncio.sleep(1.0)
+            assert not isinstance(await going_on.step(position + 1, position, states(1)), ErrorReply)
+        for talk in (running, idle):
             assert await ended(talk)
+        assert await going_on.ask(CloseSession()) == SessionClosed()
+        await node.serving
+        assert asyncio.get_running_loop().time() - began_s < 21
+        await node.assert_clean()
+
+
+@virtual
+async def test_a_session_that_goes_on_for_too_long_is_refused_its_steps():
+    async with serving_node(drain_s=10.0) as node:
+        talk, _ = await node.open()
+        node.stop.set()
+        assert await talk.receive() == Draining(10.0)
+        await asyncio.sleep(4.0)
+        assert not isinstance(await talk.step(1, 0, states(1)), ErrorReply)
+        await asyncio.sleep(4.0)
+        node.worker.gate.clear()
+        await talk.send(Step(2, 1, to_wire(states(1))))
+        await asyncio.sleep(3.0)
+        node.worker.gate.set()
+        assert (await talk.receive()).step_id == 2
+        assert await ended(talk)
         await node.serving
         await node.assert_clean()
+
+
+@virtual
+async def test_who_resumes_at_a_draining_node_is_told_so():
+    async with serving_node() as node:
+        peer = node.network.transport()
+        _, opened = await node.open(peer)
+        node.network.break_streams(peer.peer_id, node.transport.peer_id)
+        await settle()
+        node.stop.set()
+        await asyncio.sleep(2.0)
+        talk = await node.dial(peer)
+        assert isinstance(await talk.ask(resume(opened, 0)), SessionResumed)
+        notice = await talk.receive()
+        assert isinstance(notice, Draining)
+        assert 57 < notice.leave_s <= 58
 
 
 @virtual
@@ -88,7 +132,7 @@ async def test_a_peer_that_reads_nothing_does_not_keep_the_node_from_leaving():
             await talk.send(Step(step_id, 0, to_wire(states(16, rows=256))))
             await settle()
         node.stop.set()
-        await asyncio.sleep(6)
+        await asyncio.sleep(IDLE_S + 6)
         assert node.serving.done()
         node.node.admission.free_token_blocks -= 1 << 20
         await node.assert_clean()

@@ -90,12 +90,19 @@ every_message = st.one_of(
     st.builds(m.SendTape, step_ids, positions, positions, onwards),
     st.builds(m.TapeSent, step_ids, tensors),
     st.builds(m.ErrorReply, st.text(max_size=64), st.text(max_size=1000), st.booleans(), st.none() | step_ids),
+    st.builds(m.Draining, seconds),
+    st.builds(m.OfferSession, ids, ids, texts),
+    st.builds(m.SessionOffered, ids),
+    st.builds(m.CopySession, ids, ids, texts, ids, positions),
+    st.builds(m.SessionCopied, positions),
+    st.builds(m.FetchSession, ids, positions, texts, texts, texts, blocks, blocks),
+    st.builds(m.Pages, positions, tensors, st.booleans()),
 )
 
 
 def test_the_strategy_makes_every_kind_of_message() -> None:
     kinds = [cls.kind for cls in m.MESSAGE_TYPES]
-    assert len(set(kinds)) == len(kinds) == 17
+    assert len(set(kinds)) == len(kinds) == 24
 
 
 @given(every_message, st.integers(2048, 4096))
