@@ -9,12 +9,13 @@ when the one before it has left, so a receiver that is slow holds up nobody, and
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from server_node.admission import Admission, ServedSpan
+from server_node.admission import HIDDEN_DTYPES, Admission, ServedSpan
 from server_node.compute.work import AppendWork, ReadWork
 from server_node.compute.worker import ComputeWorker
 from server_node.link import Link
@@ -22,16 +23,19 @@ from server_node.rates import BROKEN_STREAM
 from server_node.sessions import Session, SessionTable
 from swarm_protocol.errors import (
     InvalidRequestError,
+    InvalidTensorError,
     LimitExceededError,
     RevisionMismatchError,
     SessionNotFoundError,
     StepTimeoutError,
     SwarmError,
+    TapeLostError,
     UnexpectedMessageError,
     error_from_wire,
 )
 from swarm_protocol.ids import ID_BYTES, PeerId, parse_peer_id, short_peer
 from swarm_protocol.messages import (
+    MAX_SESSION_TOKENS,
     TRANSFER_PROTOCOL,
     CopySession,
     ErrorReply,
@@ -41,7 +45,9 @@ from swarm_protocol.messages import (
     Pages,
     SessionCopied,
     SessionOffered,
+    WireTensor,
 )
+from swarm_protocol.tensors import check_hidden_states
 from swarm_protocol.transfer_messages import PIECE_BYTES
 from swarm_protocol.transport.base import FrameStream, Transport
 from swarm_protocol.wire import MessageAssembler, WireLimits, encode
@@ -121,11 +127,14 @@ class Transfers:
             while not is_last:
                 if session.is_closed:
                     raise SessionNotFoundError("the session was closed while it was copied")
-                work = ReadWork(session.cache, position, PIECE_BYTES, session.plan.peer_id)
+                # No more than the outputs are known of: those of a step that runs come when it has ended.
+                end = session.tape.length if session.tape is not None and session.tape.is_whole else MAX_SESSION_TOKENS
+                work = ReadWork(session.cache, position, PIECE_BYTES, end, session.plan.peer_id)
                 read = await self._worker.run(work)
-                self._check_size(memoryview(read.states.data).nbytes)
+                outputs = self._outputs(session, position, position + read.states.shape[0])
+                self._check_size(memoryview(read.states.data).nbytes + memoryview(outputs.data).nbytes)
                 is_last = not read.num_left
-                link.post(Pages(position, read.states, is_last))
+                link.post(Pages(position, read.states, outputs, is_last))
                 position += read.states.shape[0]
                 await link.all_sent()
         session.active_s = _now_s()
@@ -138,6 +147,13 @@ class Transfers:
             raise SessionNotFoundError("no session here is for this ticket and this peer")
         del self._offers[ticket]
         return offer.session
+
+    def _outputs(self, session: Session, start: int, end: int) -> WireTensor:
+        """Return what a session put out for some tokens; nothing if that is not on its tape."""
+        if session.tape is not None:
+            with contextlib.suppress(TapeLostError):
+                return session.tape.part(start, end)
+        return WireTensor("float32", (session.plan.batch_size, 0, self._admission.served.hidden_size), b"")
 
     def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._admission.limits.max_payload_bytes:
@@ -194,23 +210,29 @@ class Transfers:
             async with asyncio.timeout(PIECE_S):
                 pages = await pieces.receive()
             try:
-                self._check_pages(pages, position)
+                self._check_pages(pages, position, session.plan.batch_size)
                 if session.is_closed:
                     raise SessionNotFoundError("the session was closed while it was filled")
                 work = AppendWork(session.cache, position, pages.states, session.plan.peer_id)
                 await self._worker.run(work)
+                if session.tape is not None and pages.outputs.shape[1] and not session.is_closed:
+                    session.tape.write(position, _own_copy(pages.outputs))
             finally:
                 pieces.let_go()
             position += pages.states.shape[0]
             if pages.is_last:
                 return position
 
-    @staticmethod
-    def _check_pages(pages: Pages, position: int) -> None:
+    def _check_pages(self, pages: Pages, position: int, batch_size: int) -> None:
         if pages.position != position:
             raise UnexpectedMessageError(f"tokens from {pages.position} on came, those from {position} on are next")
-        if not pages.is_last and not (pages.states.shape and pages.states.shape[0]):
+        if not pages.states.shape:
+            raise InvalidTensorError("keys and values without a shape")
+        if not pages.is_last and not pages.states.shape[0]:
             raise UnexpectedMessageError("an empty piece came that is not the last one")
+        check_hidden_states(pages.outputs, HIDDEN_DTYPES, batch_size, self._admission.served.hidden_size)
+        if pages.outputs.shape[1] not in (0, pages.states.shape[0]):
+            raise InvalidTensorError(f"outputs of {pages.outputs.shape[1]} tokens came, and keys of {pages.states}")
 
 
 class _Pieces:
@@ -246,6 +268,11 @@ class _Pieces:
         """Count no memory as held any more."""
         self._admission.unhold(self._client, self._held_bytes)
         self._held_bytes = 0
+
+
+def _own_copy(states: WireTensor) -> WireTensor:
+    # The values share the memory of their frame, which is mostly keys.
+    return WireTensor(states.dtype, states.shape, bytes(states.data))
 
 
 def check_equal(request: FetchSession, session: Session, served: ServedSpan) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from swarm_client.message_stream import MessageStream
 from swarm_client.routing.find_route import Hop
 from swarm_client.sent import NotBroughtError, Sent
-from swarm_protocol.errors import StepTimeoutError, StreamLostError, error_from_wire
+from swarm_protocol.errors import ProtocolError, StepTimeoutError, StreamLostError, error_from_wire
 from swarm_protocol.ids import short_peer
 from swarm_protocol.messages import (
     SESSION_PROTOCOL,
+    Draining,
     ErrorReply,
     Message,
     OpenSession,
@@ -63,6 +64,7 @@ class NodeLine:
         self.limits = limits
         self.is_replaceable = is_replaceable
         self.stream: MessageStream | None = None
+        self.on_draining: Callable[[Draining], None] = lambda _: None
         self._transport = transport
         self._state = state
         self._usual_s = 0.0
@@ -104,8 +106,9 @@ class NodeLine:
             raise
 
     async def receive(self, sent: Sent, *, is_brought: bool = False) -> Message:
-        """Return the next message but a Pong. While none comes, ask the node for a sign of life: a prefill may take its
-        time.
+        """Return the next message but a Pong or a notice.
+
+        While none comes, ask the node for a sign of life: a prefill may take its time.
 
         Raises StepTimeoutError if it gives none and could be replaced, NotBroughtError if it is alive without the step.
         """
@@ -127,6 +130,9 @@ class NodeLine:
                     await self.stream.send(Ping(sent.step_id))
                     is_asked = True
                 continue
+            if isinstance(message, Draining):
+                self.on_draining(message)
+                continue
             if not isinstance(message, Pong):
                 if sent.shape[1] == 1:
                     self._usual_s += 0.2 * (loop.time() - started_s - self._usual_s)
@@ -134,6 +140,17 @@ class NodeLine:
             if is_brought and message.last_step_id < sent.step_id:
                 raise NotBroughtError(f"step {sent.step_id} does not arrive at {short_peer(self.hop.peer_id)}")
             is_asked = False
+
+    async def listen(self) -> None:
+        """Take what the node says of itself, until the stream ends or something else comes. While nobody receives."""
+        while self.stream is not None:
+            try:
+                message = await self.stream.receive()
+            except (StreamLostError, ProtocolError):
+                return
+            if not isinstance(message, Draining):
+                return
+            self.on_draining(message)
 
     def _patience_s(self, sent: Sent) -> float:
         """Return how long a node that is well may be silent, at most, before it is asked."""

@@ -44,12 +44,12 @@ class Replay:
         self._on_failed_link = on_failed_link
         self._on_failed_leg = on_failed_leg
 
-    async def play(self, num_tokens: int, width: int, like: WireTensor) -> None:
-        """Play the first `num_tokens` tokens, `width` of them at once; their values are `like` these otherwise.
+    async def play(self, num_tokens: int, width: int, like: WireTensor, first: int = 0) -> None:
+        """Play the first `num_tokens` tokens, or those behind `first`, `width` at once; their values are `like` these.
 
         Raises SourceLostError, or the SwarmError of a leg that failed.
         """
-        for start in range(0, num_tokens, width):
+        for start in range(first, num_tokens, width):
             end = min(num_tokens, start + width)
             shape = (like.shape[0], end - start, like.shape[2])
             await self._play_piece(start, end, shape, like.dtype)

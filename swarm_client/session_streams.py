@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from swarm_client.config import ClientConfig
@@ -17,6 +17,7 @@ from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.span_stream import SpanStream
 from swarm_protocol.errors import ProtocolError, SwarmError
 from swarm_protocol.ids import ID_BYTES, PeerId, short_id, short_peer
+from swarm_protocol.records import NodeRecord
 from swarm_protocol.spans import Span
 from swarm_protocol.transport.base import Transport
 
@@ -62,8 +63,12 @@ class SessionStreams:
         *,
         without: PeerId | None = None,
         is_retry: bool = False,
+        twins_of: Hop | None = None,
+        passed_over: Collection[PeerId] = (),
     ) -> list[Hop]:
-        """Return a route for `reserved` tokens through `span`, None for all blocks, that leaves out a node.
+        """Return a route for `reserved` tokens through `span`, None for all blocks, that leaves out some nodes.
+
+        With `twins_of` it is of one node, to which the keys and values of that hop can be copied.
 
         Raises MissingBlocksError and the like.
         """
@@ -72,6 +77,9 @@ class SessionStreams:
             peers = [(PeerId(record.peer_id), record.published_s) for record in view.records]
             unfit = {peer for peer, published_s in peers if span is not None and not self._may_serve(peer, published_s)}
             unfit |= self._config.blocked_peers | ({without} if without is not None else set())
+            unfit |= set(passed_over)
+            if twins_of is not None:
+                unfit |= {PeerId(record.peer_id) for record in view.records if not _is_twin(record, twins_of)}
             wish = RouteWish(
                 self._batch_size * reserved, self._watcher.avoided, unfit, self._watcher.holders.affinity(pages),
                 Way.RING, span=span,
@@ -166,6 +174,10 @@ class SessionStreams:
             self._on_silent(hop)
             return False
         return True
+
+
+def _is_twin(record: NodeRecord, hop: Hop) -> bool:
+    return record.span.contains(hop.span) and record.numerics == hop.numerics
 
 
 def is_nodes_fault(error: SwarmError) -> bool:

@@ -33,6 +33,7 @@ from swarm_protocol.messages import (
     PAGE_TOKENS,
     PROTOCOL_VERSIONS,
     CloseSession,
+    Draining,
     ErrorReply,
     Message,
     Onward,
@@ -251,6 +252,29 @@ class SpanStream:
         asked = Sent(_REQUESTS + self._num_requests, start, shape, dtype, None, None, has_begun=True)
         asked.may_go_on = bool(onward)
         return await self._answer_to(SendTape(asked.step_id, start, end, onward), asked)
+
+    @property
+    def credentials(self) -> tuple[bytes, bytes]:
+        """The session's id and what proves that it is ours."""
+        return self._session_id, self._resume_token
+
+    def on_draining(self, tell: Callable[[Draining], None]) -> None:
+        """Let `tell` be called when the node says that it leaves."""
+        self._line.on_draining = tell
+
+    async def listen(self) -> None:
+        """Take what the node says of itself until the stream ends; while no step runs: cancel it before one does."""
+        if self.is_settled and self._asked is None:
+            await self._line.listen()
+
+    def filled(self, position: int) -> None:
+        """The node says that it has copied so many tokens from another one.
+
+        Raises UnexpectedMessageError if they are more than it has reserved, or a step was begun.
+        """
+        if position > self._reserved_tokens:
+            raise UnexpectedMessageError(f"{position} tokens were copied, they say, where {self._reserved_tokens} fit")
+        self._state.filled(position)
 
     async def close(self) -> None:
         """Free the session at the node. Idempotent; a node that cannot be reached frees it after its grace period."""

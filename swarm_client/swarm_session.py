@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from swarm_client.config import ClientConfig
+from swarm_client.handover import Handovers
 from swarm_client.leg import Flight, HopTiming, Leg, StepResult, direct_segments, own_copy
 from swarm_client.pipeline import FIRST_TOKENS, LEAST_TOKENS, Turns, fly_pieces
 from swarm_client.prefix_hashes import TokenPrefix
@@ -91,6 +92,8 @@ class SwarmSession:
         self._prompt = PromptPages(tapes.prefixes, ())
         self._flights: deque[Flight] = deque()
         self._has_lost_tape = False
+        self._last_states: WireTensor | None = None
+        self._handovers = Handovers(transport, self, self._streams, config, max_length)
 
     @property
     def route(self) -> Sequence[Hop]:
@@ -126,6 +129,7 @@ class SwarmSession:
             self._watcher.holders.remember(pages, [hop.peer_id for hop in hops])
             self._legs = legs
             self.news.route_changed("opened", (), hops, hops)
+            self._handovers.watch(legs)
             self._prompt = PromptPages(self._tape.budget.prefixes, self._streams.hashes(hops[:1], prefix))
             return self._prompt.begin(self._tape, cached)
         raise AssertionError("unreachable")
@@ -144,15 +148,15 @@ class SwarmSession:
         position that was cached before. Blocks whose node fails are given to others; where there are none, they are
         waited for, `ClientConfig.max_wait_s` long. Raises SwarmError.
         """
-        await self._settle()
-        flight = self._take_off(hidden_states, position, row_order)
-        if not every_span and len(self._legs) > 1 and hidden_states.shape[1] and not self._has_failed_leg:
-            try:
-                return self._landed(flight, await self._fly(flight))
-            except SwarmError as error:
-                self._check_open()
-                logger.info("going on through the client: %s", error)
-        return self._landed(flight, await self._drive(flight))
+        async with self._handovers.stepping(position, row_order):
+            flight = self._take_off(hidden_states, position, row_order)
+            if not every_span and len(self._legs) > 1 and hidden_states.shape[1] and not self._has_failed_leg:
+                try:
+                    return self._landed(flight, await self._fly(flight))
+                except SwarmError as error:
+                    self._check_open()
+                    logger.info("going on through the client: %s", error)
+            return self._landed(flight, await self._drive(flight))
 
     async def run(
         self, cut: Callable[[int, int], WireTensor], num_tokens: int, position: int, *, every_span: bool = False
@@ -161,27 +165,28 @@ class SwarmSession:
 
         `cut(start, end)` gives their states (batch, end - start, hidden). Cancelling and errors are as in `step`.
         """
-        await self._settle()
+        self._check_open()
         most = max(1, self._config.step_tokens // self._batch_size)
         results: list[StepResult] = []
         if len(self._legs) > 1 and num_tokens >= FIRST_TOKENS + LEAST_TOKENS and not every_span:
-            try:
-                await fly_pieces(
-                    lambda start, end: self._take_off(cut(start, end), position + start),
-                    self._fly,
-                    lambda flight, result: results.append(self._landed(flight, result)),
-                    num_tokens,
-                    len(self._legs),
-                    most,
-                )
-            except BaseExceptionGroup as problems:
-                if problems.split(SwarmError)[1] is not None:
-                    raise
-                self._check_open()
-                logger.info("going on through the client: %s", problems.exceptions[0])
-            while self._flights:
-                flight = self._flights[0]
-                results.append(self._landed(flight, await self._drive(flight)))
+            async with self._handovers.stepping(position):
+                try:
+                    await fly_pieces(
+                        lambda start, end: self._take_off(cut(start, end), position + start),
+                        self._fly,
+                        lambda flight, result: results.append(self._landed(flight, result)),
+                        num_tokens,
+                        len(self._legs),
+                        most,
+                    )
+                except BaseExceptionGroup as problems:
+                    if problems.split(SwarmError)[1] is not None:
+                        raise
+                    self._check_open()
+                    logger.info("going on through the client: %s", problems.exceptions[0])
+                while self._flights:
+                    flight = self._flights[0]
+                    results.append(self._landed(flight, await self._drive(flight)))
         done = sum(result.outputs[-1].shape[1] for result in results)
         while done < num_tokens or not results:
             end = min(num_tokens, done + most)
@@ -191,6 +196,7 @@ class SwarmSession:
 
     async def close(self) -> None:
         """Free the caches at every node. Idempotent."""
+        await self._handovers.close()
         legs, self._legs = self._legs, []
         self._tape.drop()
         self._flights.clear()
@@ -211,6 +217,7 @@ class SwarmSession:
         if row_order is not None:
             self._tape.reorder(row_order)
         self._tape.write(position, states)
+        self._last_states = states
         flight = Flight(self._num_steps, states, position, row_order)
         self._flights.append(flight)
         return flight
@@ -223,7 +230,7 @@ class SwarmSession:
         self._prompt.keep(self._tape, flight.position)
         return result
 
-    async def _settle(self) -> None:
+    async def settle(self) -> None:
         """Complete the steps that were cancelled: nodes may have got them, or get them yet."""
         self._check_open()
         while self._flights:
@@ -440,9 +447,7 @@ class SwarmSession:
             for new in found:
                 self._streams.end(new.stream)
         self._check_open()
-        self._legs[index : index + 1] = found
-        self._prompt = PromptPages(self._tape.budget.prefixes, ())  # the hashes were those of other hops
-        self._streams.end(leg.stream)
+        self.exchange(leg, found)
         route = " → ".join(f"{short_peer(new.peer_id)}[{new.hop.span}]" for new in found)
         logger.info("recovered %d tokens of %s at %s", flight.position, leg.hop.span, route)
         self.news.route_changed(reason_of(error), [leg.hop], [new.hop for new in found], self.route)
@@ -451,8 +456,8 @@ class SwarmSession:
 
     async def _other_legs(self, index: int, flight: Flight) -> list[Leg]:
         """Return legs for the blocks of leg `index` at other nodes, brought to where `flight` begins."""
-        leg, source = self._legs[index], self._legs[index - 1] if index else None
-        behind = self._legs[index + 1].peer_id if index + 1 < len(self._legs) else None
+        leg = self._legs[index]
+        source, behind = self.around(leg)
         needed = flight.position + flight.states.shape[1]
         reserved = tokens_to_reserve(needed, self._config.reserve_tokens, self._max_length)
         # Its own node only if that has lost the session: not if it refused a step of it.
@@ -462,17 +467,52 @@ class SwarmSession:
             hops,
             reserved,
             upstream=None if source is None else source.peer_id,
-            downstream=behind,
+            downstream=None if behind is None else behind.peer_id,
             step_number=flight.number,
         )
-        replay = Replay(self._tape, source, legs, self._is_direct, self._link_failed, self._leg_failed)
         try:
-            await replay.play(flight.position, max(1, self._config.step_tokens // self._batch_size), flight.states)
+            await self._play(source, legs, 0, flight.position, flight.states)
         except BaseException:
             for failed in legs:
                 self._streams.end(failed.stream)
             raise
         return legs
+
+    def around(self, leg: Leg) -> tuple[Leg | None, Leg | None]:
+        """Return the legs before and behind one."""
+        index = self._legs.index(leg)
+        before = self._legs[index - 1] if index else None
+        return before, self._legs[index + 1] if index + 1 < len(self._legs) else None
+
+    async def _play(self, source: Leg | None, legs: Sequence[Leg], start: int, end: int, like: WireTensor) -> None:
+        replay = Replay(self._tape, source, legs, self._is_direct, self._link_failed, self._leg_failed)
+        await replay.play(end, max(1, self._config.step_tokens // self._batch_size), like, start)
+
+    # moving from a node that leaves (`handover.py`)
+
+    @property
+    def legs(self) -> Sequence[Leg]:
+        """The legs behind the hops."""
+        return self._legs
+
+    @property
+    def length(self) -> int:
+        """The tokens that went into the first hop, those of a step that runs included."""
+        return self._tape.length
+
+    async def play(self, new: Leg, leg: Leg, start: int, end: int) -> None:
+        """Have `new` compute the tokens `[start, end)` that `leg` was given. Raises SwarmError or SourceLostError."""
+        if self._last_states is None or not self.is_whole:
+            raise SourceLostError(TapeLostError("what went into the session was not kept"))
+        await self._play(self.around(leg)[0], [new], start, end, self._last_states)
+
+    def exchange(self, leg: Leg, found: Sequence[Leg]) -> None:
+        """Let `found` take the place of `leg`, whose session is ended."""
+        index = self._legs.index(leg)
+        self._legs[index : index + 1] = found
+        self._handovers.watch(found)
+        self._prompt = PromptPages(self._tape.budget.prefixes, ())  # the hashes were those of other hops
+        self._streams.end(leg.stream)
 
     def _leg_failed(self, leg: Leg, error: SwarmError) -> None:
         if is_nodes_fault(error):

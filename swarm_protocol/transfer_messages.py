@@ -110,10 +110,12 @@ class FetchSession:
 class Pages:
     """The tokens from `position` on: `states` (tokens, values) has for each token its keys and values.
 
-    In a token's row come, block by block, its keys (batch, heads, head_dim) and then its values.
+    In a token's row come, block by block, its keys (batch, heads, head_dim) and then its values. `outputs` (batch,
+    tokens, hidden) are what the span made of the tokens, for `SendTape`; seq 0 if that was not kept.
     """
 
     kind: ClassVar[int] = 66
     position: _Position
     states: WireTensor
+    outputs: WireTensor
     is_last: bool

@@ -26,12 +26,13 @@ class KVCopies:
         cache = work.cache
         layout = self._layout_of(cache.blocks)
         width = layout.values_per_token(cache.batch_size)
-        start = min(work.position, cache.position)
+        cached = min(cache.position, work.end)
+        start = min(work.position, cached)
         num_tokens = max(1, work.max_bytes // max(1, width * layout.dtype.itemsize))
-        end = min(start + num_tokens, cache.position)
+        end = min(start + num_tokens, cached)
         if start == end:
             return ReadTokens(to_wire(torch.empty(0, width, dtype=layout.dtype)), 0)
-        return ReadTokens(to_wire(cache.read_tokens(start, end)), cache.position - end)
+        return ReadTokens(to_wire(cache.read_tokens(start, end)), cached - end)
 
     def append(self, work: AppendWork) -> KVCache:
         """Check tokens and write them; the cache is rolled back to where they go.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from server_node.compute.kv_cache import KVCache
 from swarm_protocol.ids import PeerId
-from swarm_protocol.messages import WireTensor
+from swarm_protocol.messages import MAX_SESSION_TOKENS, WireTensor
 from swarm_protocol.spans import Span
 
 NOBODY = PeerId("")
@@ -52,11 +52,12 @@ class ForwardWork:
 
 @dataclass(frozen=True, slots=True)
 class ReadWork:
-    """Copy tokens of a session's cache from `position` on, about `max_bytes` of them, for another node."""
+    """Copy tokens of a session's cache from `position` on, about `max_bytes` of them and none from `end` on."""
 
     cache: KVCache
     position: int
     max_bytes: int
+    end: int = MAX_SESSION_TOKENS
     owner: PeerId = NOBODY
 
 

@@ -26,11 +26,13 @@ from swarm_protocol.messages import (
     SessionOffered,
     SessionOpened,
     Step,
+    WireTensor,
 )
 from swarm_protocol.tensors import from_wire, to_wire
 from swarm_protocol.transport.base import FrameStream
 from swarm_protocol.transport.memory_net import MemoryNetwork, MemoryTransport
 from tests.node.node_scenario import (
+    HIDDEN,
     MODEL,
     REVISION,
     SPAN,
@@ -256,15 +258,23 @@ async def source_that(network: MemoryNetwork, answer: Answer) -> PeerId:
 
 
 def pages(num_tokens: int = 2, width: int = WIDTH, position: int = 0, fill: float = 1.0, is_last: bool = True) -> Pages:
-    return Pages(position, to_wire(torch.full((num_tokens, width), fill)), is_last)
+    return Pages(position, to_wire(torch.full((num_tokens, width), fill)), outputs(num_tokens), is_last)
+
+
+def outputs(num_tokens: int, hidden: int = HIDDEN, dtype: torch.dtype = torch.float32) -> WireTensor:
+    return to_wire(torch.ones(1, num_tokens, hidden, dtype=dtype))
 
 
 WRONG: dict[str, tuple[list[Any], str]] = {
     "not finite": ([pages(fill=float("nan"))], "invalid_tensor"),
     "too wide": ([pages(width=WIDTH + 1)], "invalid_tensor"),
-    "another dtype": ([Pages(0, to_wire(torch.ones(2, WIDTH, dtype=torch.float16)), True)], "invalid_tensor"),
-    "another shape": ([Pages(0, to_wire(torch.ones(2 * WIDTH)), True)], "invalid_tensor"),
-    "no shape": ([Pages(0, to_wire(torch.ones(())), True)], "invalid_tensor"),
+    "another dtype": ([replace(pages(), states=to_wire(torch.ones(2, WIDTH, dtype=torch.float16)))], "invalid_tensor"),
+    "another shape": ([replace(pages(), states=to_wire(torch.ones(2 * WIDTH)))], "invalid_tensor"),
+    "no shape": ([replace(pages(), states=to_wire(torch.ones(())))], "invalid_tensor"),
+    "outputs of more tokens": ([replace(pages(), outputs=outputs(3))], "invalid_tensor"),
+    "outputs of another size": ([replace(pages(), outputs=outputs(2, HIDDEN + 1))], "invalid_tensor"),
+    "outputs of another dtype": ([replace(pages(), outputs=outputs(2, dtype=torch.int64))], "invalid_tensor"),
+    "outputs without a shape": ([replace(pages(), outputs=to_wire(torch.ones(())))], "invalid_tensor"),
     "more than was reserved": ([pages(20), pages(1, position=20)], "max_length_exceeded"),
     "a hole": ([pages(is_last=False), pages(position=3)], "unexpected_message"),
     "the same again": ([pages(is_last=False), pages()], "unexpected_message"),

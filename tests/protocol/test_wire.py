@@ -96,7 +96,7 @@ every_message = st.one_of(
     st.builds(m.CopySession, ids, ids, texts, ids, positions),
     st.builds(m.SessionCopied, positions),
     st.builds(m.FetchSession, ids, positions, texts, texts, texts, blocks, blocks),
-    st.builds(m.Pages, positions, tensors, st.booleans()),
+    st.builds(m.Pages, positions, tensors, tensors, st.booleans()),
 )
 
 

@@ -63,15 +63,18 @@ def span_module(span: Span) -> SpanModule:
 
 
 class CountingWorker(ComputeWorker):
-    """Counts the steps that it computes."""
+    """Counts the steps that it computes, and their tokens."""
 
     def __init__(self, span: Span) -> None:
         super().__init__(InlineExecutor(), runner=BlockRunner(span_module(span)))
         self.span = span
         self.num_steps = 0
+        self.num_tokens = 0
 
     async def run(self, work: Work) -> Any:  # type: ignore[override]
-        self.num_steps += isinstance(work, StepWork)
+        if isinstance(work, StepWork):
+            self.num_steps += 1
+            self.num_tokens += work.hidden_states.shape[1]
         return await super().run(work)
 
 
@@ -82,6 +85,7 @@ class Served:
     transport: MemoryTransport
     node: Node
     worker: CountingWorker
+    stop: asyncio.Event
 
     @property
     def tapes(self) -> TapeBudget:
@@ -98,7 +102,6 @@ class Scene:
     session: SwarmSession
     nodes: list[Served]
     group: asyncio.TaskGroup
-    stop: asyncio.Event
     tapes: TapeBudget = field(default_factory=lambda: TapeBudget(1 << 20))
 
     def set_delay(self, first: MemoryTransport, second: MemoryTransport, delay_s: float) -> None:
@@ -113,9 +116,9 @@ class Scene:
             outputs.append(from_wire(result.outputs[-1]))
         return torch.cat(outputs, dim=1)
 
-    async def add_node(self, span: Span) -> Served:
+    async def add_node(self, span: Span, numerics: str = "test") -> Served:
         """Start one more node."""
-        self.nodes.append(served := await start_node(self.network, span, self.stop, self.group))
+        self.nodes.append(served := await start_node(self.network, span, self.group, numerics))
         return served
 
     def kill(self, index: int) -> None:
@@ -130,29 +133,30 @@ class Scene:
 @asynccontextmanager
 async def scene(*spans: Span, config: ClientConfig = CONFIG, max_length: int = 20) -> AsyncIterator[Scene]:
     network = MemoryNetwork()
-    stop = asyncio.Event()
     async with asyncio.TaskGroup() as group:
-        nodes = [await start_node(network, span, stop, group) for span in spans]
+        nodes = [await start_node(network, span, group) for span in spans]
         client = network.transport()
-        made = Scene(network, client, None, nodes, group, stop)  # type: ignore[arg-type]
+        made = Scene(network, client, None, nodes, group)  # type: ignore[arg-type]
         made.session = made.another_session(config, max_length)
         yield made
         await made.session.close()
-        stop.set()
+        for served in nodes:
+            served.stop.set()
     for served in nodes:
         await served.transport.close()
 
 
-async def start_node(network: MemoryNetwork, span: Span, stop: asyncio.Event, group: asyncio.TaskGroup) -> Served:
+async def start_node(network: MemoryNetwork, span: Span, group: asyncio.TaskGroup, numerics: str = "test") -> Served:
     transport = network.transport()
     worker = CountingWorker(span)
-    record = replace(node_record(transport), start_block=span.start, end_block=span.end)
+    record = replace(node_record(transport), start_block=span.start, end_block=span.end, numerics=numerics)
     announcer = Announcer(transport, network.identity(transport.peer_id).sign, record)
-    node = Node(transport, announcer, worker, ServedSpan(MODEL, REVISION, span, HIDDEN, "float32", 400), NodeLimits())
-    online = asyncio.Event()
+    served = ServedSpan(MODEL, REVISION, span, HIDDEN, "float32", 400, numerics)
+    node = Node(transport, announcer, worker, served, NodeLimits())
+    stop, online = asyncio.Event(), asyncio.Event()
     group.create_task(serve(node, announcer, stop, online))
     await online.wait()
-    return Served(transport, node, worker)
+    return Served(transport, node, worker, stop)
 
 
 async def serve(node: Node, announcer: Announcer, stop: asyncio.Event, online: asyncio.Event) -> None:

@@ -1,0 +1,376 @@
+"""Move what one hop of a session holds to another node while steps go on: the client's part of draining.
+
+A node that leaves says so on the session's stream. From then on, in the background,
+
+    1. a node is looked for that holds the same blocks with the same numerics, a session is opened there, and it copies
+       what is cached from the node that leaves (`CopySession`);
+    2. where there is none, the client looks again until the node is gone, and the session then recovers as from any
+       other loss, by having its tape computed at whatever nodes there are;
+    3. before the next step, the few tokens that came since are played from the tape, and the legs are exchanged.
+
+What was copied is good up to the lowest position that any step rolled back to meanwhile. If rows were permuted, or
+there is no tape, the rest is copied once more, while no step runs. Whatever goes wrong, the session stays where it is.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from swarm_client.config import ClientConfig
+from swarm_client.leg import Leg
+from swarm_client.message_stream import MessageStream
+from swarm_client.replay import SourceLostError
+from swarm_client.session_streams import SessionStreams
+from swarm_client.span_stream import tokens_to_reserve
+from swarm_protocol.errors import (
+    SessionClosedError,
+    StepTimeoutError,
+    SwarmError,
+    TapeLostError,
+    UnexpectedMessageError,
+    error_from_wire,
+)
+from swarm_protocol.ids import PeerId, short_peer
+from swarm_protocol.messages import (
+    TRANSFER_PROTOCOL,
+    CopySession,
+    Draining,
+    ErrorReply,
+    Message,
+    OfferSession,
+    SessionCopied,
+    SessionOffered,
+)
+from swarm_protocol.transport.base import Transport
+
+logger = logging.getLogger(__name__)
+
+LOOK_AGAIN_S = 2.0
+"""Between two tries to find a node that takes over."""
+
+CATCH_UP_TOKENS = 64
+"""More than these are copied and not played: playing keeps the next step waiting, for some 20 ms to each token."""
+
+PAUSE_S = 0.1
+"""Between two rounds of copying, while a long prompt is computed."""
+
+LISTEN_AFTER_S = 1.0
+"""Without a step, until what the nodes say of themselves is read between steps, too."""
+
+LONGEST_S = 3600.0
+"""A node may say that it leaves later; it is taken to leave then."""
+
+
+class MovingSession(Protocol):
+    """What a hand-over needs of its session."""
+
+    @property
+    def legs(self) -> Sequence[Leg]:
+        """The legs that it has now."""
+
+    @property
+    def length(self) -> int:
+        """The tokens that went into the first hop, those of a step that runs included."""
+
+    async def settle(self) -> None:
+        """Complete the steps that were cancelled. Raises SwarmError."""
+
+    def around(self, leg: Leg) -> tuple[Leg | None, Leg | None]:
+        """Return the legs before and behind one."""
+
+    async def play(self, new: Leg, leg: Leg, start: int, end: int) -> None:
+        """Have `new` compute the tokens `[start, end)` that `leg` was given. Raises SwarmError or SourceLostError."""
+
+    def exchange(self, leg: Leg, found: Sequence[Leg]) -> None:
+        """Let `found` take the place of `leg`, whose session is ended."""
+
+
+@dataclass(slots=True, eq=False)
+class _Move:
+    """A leg on its way. `position` tokens are at the new one, of which those from `lowest` on are not good any more.
+
+    `found` is None until that is ready.
+    """
+
+    leg: Leg
+    deadline_s: float
+    found: Leg | None = None
+    position: int = 0
+    lowest: int = 0
+    is_permuted: bool = False
+
+    @property
+    def kept(self) -> int:
+        """How many tokens are good at the new legs."""
+        return 0 if self.is_permuted else min(self.position, self.lowest)
+
+
+class Handovers:
+    """The moves of one session. Belongs to the event loop."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        session: MovingSession,
+        streams: SessionStreams,
+        config: ClientConfig,
+        max_length: int,
+    ) -> None:
+        self._transport = transport
+        self._session = session
+        self._streams = streams
+        self._config = config
+        self._max_length = max_length
+        self._moves: dict[_Move, asyncio.Task[None]] = {}
+        self._rewinds_to: int | None = None
+        self._is_permuting = False
+        self._is_stepping = False
+        self._has_tape = True
+        self._listening: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._ended_s = 0.0
+        self._is_closed = False
+
+    def watch(self, legs: Sequence[Leg]) -> None:
+        """Hear of it when a node of these legs leaves."""
+        for leg in legs:
+            leg.stream.on_draining(partial(self._told, leg))
+
+    def _told(self, leg: Leg, notice: Draining) -> None:
+        if leg not in self._session.legs or any(move.leg is leg for move in self._moves):
+            return
+        logger.info("%s leaves, moving %s", short_peer(leg.peer_id), leg.hop.span)
+        self._begin(_Move(leg, _now_s() + min(notice.leave_s, LONGEST_S)))
+
+    # around steps
+
+    @asynccontextmanager
+    async def stepping(self, position: int, row_order: tuple[int, ...] | None = None) -> AsyncIterator[None]:
+        """A step runs inside. Before it cancelled ones are settled, and the legs that are ready are exchanged."""
+        self._is_stepping = True
+        try:
+            if self._listening is not None:
+                await self._stop_listening()
+            await self._session.settle()
+            await self._before_step(position, row_order)
+            yield
+        finally:
+            self._is_stepping = False
+            self._ended_s = _now_s()
+            self._look_later(LISTEN_AFTER_S)
+
+    async def _before_step(self, position: int, row_order: tuple[int, ...] | None) -> None:
+        """Exchange the legs that are ready, and note what the next step does to what is being copied."""
+        for move in list(self._moves):
+            if move.found is not None:
+                await self._finish(move, move.found, position)
+        self._rewinds_to = position if position < self._session.length else None
+        self._is_permuting = row_order is not None
+        for move in self._moves:
+            self._note(move)
+
+    async def close(self) -> None:
+        """End all moves. Idempotent."""
+        self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._stop_listening()
+        moves, self._moves = self._moves, {}
+        for task in moves.values():
+            task.cancel()
+        await asyncio.gather(*moves.values(), return_exceptions=True)
+        found = [move.found for move in moves if move.found is not None]
+        await asyncio.gather(*(leg.stream.close() for leg in found), return_exceptions=True)
+
+    # moving
+
+    def _begin(self, move: _Move) -> None:
+        self._moves[move] = asyncio.create_task(self._prepare(move), name="hand-over")
+
+    async def _prepare(self, move: _Move) -> None:
+        """Bring another leg to where `move.leg` is, as long as there is time."""
+        passed_over: set[PeerId] = set()
+        while _now_s() < move.deadline_s and move.leg in self._session.legs:
+            try:
+                found = await self._open_twin(move.leg, passed_over)
+                passed_over.add(found.peer_id)
+                if await self._copied(move, found, 0):
+                    return
+            except SwarmError as error:
+                logger.info("%s cannot move yet: %s", move.leg.hop.span, error)
+                await asyncio.sleep(min(LOOK_AGAIN_S, max(0.0, move.deadline_s - _now_s())))
+                passed_over.clear()
+        self._moves.pop(move, None)
+
+    async def _open_twin(self, leg: Leg, passed_over: set[PeerId]) -> Leg:
+        """Return a leg at another node, empty, that can take over what `leg` has cached. Raises SwarmError."""
+        reserved = tokens_to_reserve(self._session.length, self._config.reserve_tokens, self._max_length)
+        hops = await self._streams.find_route(
+            reserved, span=leg.hop.span, without=leg.peer_id, twins_of=leg.hop, passed_over=passed_over
+        )
+        if leg not in self._session.legs:
+            raise SessionClosedError("the session has moved, or is closed")
+        before, behind = self._session.around(leg)
+        legs, _ = await self._streams.open(
+            hops[:1],
+            reserved,
+            upstream=None if before is None else before.peer_id,
+            downstream=None if behind is None else behind.peer_id,
+        )
+        return legs[0]
+
+    async def _copied(self, move: _Move, found: Leg, position: int) -> bool:
+        """Copy from `position` on to the new leg until so little is missing that it can be played.
+
+        Returns whether that went well; the leg is given up if not.
+        """
+        try:
+            while True:
+                self._start_noting(move)
+                move.position = await self._copy(move, found, min(position, self._session.length))
+                if move.is_permuted or self._session.length - move.kept <= CATCH_UP_TOKENS:
+                    break
+                await asyncio.sleep(PAUSE_S)
+                position = move.kept
+            await self._stop_listening()
+        except BaseException as error:
+            self._streams.end(found.stream)
+            if not isinstance(error, SwarmError):
+                raise
+            logger.info("%s could not copy: %s", short_peer(found.peer_id), error)
+            return False
+        self._is_ready(move, found)
+        return True
+
+    async def _copy_on(self, move: _Move, found: Leg) -> None:
+        """Copy what a long step has added to what was copied before. If that fails, the move begins again."""
+        if not await self._copied(move, found, move.kept):
+            await self._prepare(move)
+
+    async def _copy(self, move: _Move, found: Leg, position: int) -> int:
+        """Copy the tokens from `position` on; return how many there are then. Raises SwarmError."""
+        old, new = move.leg.stream, found.stream
+        offer = OfferSession(*old.credentials, new.hop.peer_id)
+        offered = await self._ask(old.hop.peer_id, offer, self._config.open_s)
+        if not isinstance(offered, SessionOffered):
+            raise UnexpectedMessageError(f"{type(offered).__name__} came, SessionOffered was expected")
+        copy = CopySession(*new.credentials, old.hop.peer_id, offered.ticket, position)
+        copied = await self._ask(new.hop.peer_id, copy, max(self._config.open_s, move.deadline_s - _now_s()))
+        if not isinstance(copied, SessionCopied):
+            raise UnexpectedMessageError(f"{type(copied).__name__} came, SessionCopied was expected")
+        new.filled(copied.position)
+        return min(copied.position, self._session.length)  # a step that rolls back may be on its way
+
+    def _is_ready(self, move: _Move, found: Leg) -> None:
+        """The new leg is there: exchange them now if nothing is missing and no step runs, else before the next."""
+        move.found = found
+        is_held = move in self._moves and move.leg in self._session.legs
+        if is_held and (self._is_stepping or move.kept < self._session.length):
+            return
+        self._moves.pop(move, None)
+        if is_held:
+            self._exchange(move, found)
+        else:
+            self._streams.end(found.stream)
+
+    async def _finish(self, move: _Move, found: Leg, position: int) -> None:
+        """Let the new leg take over before a step at `position`; if it cannot, the move begins again."""
+        self._moves.pop(move)
+        move.found = None
+        if move.leg not in self._session.legs:
+            self._streams.end(found.stream)
+            return
+        if not move.is_permuted and position - move.kept > CATCH_UP_TOKENS:
+            self._moves[move] = asyncio.create_task(self._copy_on(move, found), name="hand-over")
+            return
+        try:
+            await self._catch_up(move, found, position)
+        except BaseException as error:
+            self._streams.end(found.stream)
+            self._begin(_Move(move.leg, move.deadline_s))
+            if not isinstance(error, SwarmError | SourceLostError):
+                raise
+            logger.info("%s stays where it is for now: %s", move.leg.hop.span, error)
+        else:
+            self._exchange(move, found)
+
+    async def _catch_up(self, move: _Move, found: Leg, position: int) -> None:
+        kept = min(move.kept, position)
+        if kept == position:
+            return
+        if self._has_tape and not move.is_permuted:
+            try:
+                await self._session.play(found, move.leg, kept, position)
+            except SourceLostError as problem:
+                self._has_tape = not isinstance(problem.error, TapeLostError)  # the next time it is copied
+                raise
+        elif await self._copy(move, found, kept) < position:
+            raise UnexpectedMessageError("the node that leaves has fewer tokens than it was given")
+
+    def _exchange(self, move: _Move, found: Leg) -> None:
+        there = f"{short_peer(found.peer_id)}[{found.hop.span}]"
+        logger.info("moved %s to %s, %d tokens were copied", move.leg.hop.span, there, move.kept)
+        self._session.exchange(move.leg, [found])
+
+    def _start_noting(self, move: _Move) -> None:
+        """From now on what steps do counts, with the one that may run now."""
+        move.lowest, move.is_permuted = 1 << 62, False
+        if self._is_stepping:
+            self._note(move)
+
+    def _note(self, move: _Move) -> None:
+        if self._rewinds_to is not None:
+            move.lowest = min(move.lowest, self._rewinds_to)
+        move.is_permuted |= self._is_permuting
+
+    async def _ask(self, peer_id: PeerId, request: Message, timeout_s: float) -> Message:
+        try:
+            async with asyncio.timeout(timeout_s):
+                stream = MessageStream(await self._transport.dial(peer_id, TRANSFER_PROTOCOL))
+                try:
+                    await stream.send(request)
+                    reply = await stream.receive()
+                finally:
+                    await stream.close()
+        except TimeoutError:
+            raise StepTimeoutError(
+                f"{short_peer(peer_id)} took longer than {timeout_s:.0f} s to move a session"
+            ) from None
+        if isinstance(reply, ErrorReply):
+            raise error_from_wire(reply.code, reply.message, reply.retryable)
+        return reply
+
+    # between steps
+
+    def _look_later(self, wait_s: float) -> None:
+        if self._timer is None and not self._is_closed:
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._look)
+
+    def _look(self) -> None:
+        """Listen if no step ran for a while, else look again later."""
+        self._timer = None
+        if self._is_stepping or self._listening is not None:
+            return
+        wait_s = self._ended_s + LISTEN_AFTER_S - _now_s()
+        if wait_s > 0:
+            self._look_later(wait_s)
+        else:
+            self._listening = asyncio.create_task(self._listen(), name="listening")
+
+    async def _listen(self) -> None:
+        await asyncio.gather(*(leg.stream.listen() for leg in self._session.legs))
+
+    async def _stop_listening(self) -> None:
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+            self._look_later(LISTEN_AFTER_S)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
