@@ -33,6 +33,9 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
 """For a child to end by itself: the site lets running answers end for 20 s."""
 
+DRAIN_S = 5
+"""For the sessions of a node that ends: nobody can take them over here."""
+
 MAX_RESTARTS = 10
 """Of one node that ended by itself: whoever kills one to see what happens gets it back, a broken one ends the demo."""
 
@@ -218,7 +221,16 @@ def free_port(text: str) -> int:
 def node_arguments(model: Path, span: Span, place: Sequence[str]) -> list[str]:
     """Return the command line of a node: an ordinary one that keeps to loopback."""
     network = ["--host", LOOPBACK, "--no-relay", "--no-port-mapping", *place]
-    size = ["--blocks", str(span), "--cache-tokens", str(CACHE_TOKENS), "--threads", "1"]
+    size = [
+        "--blocks",
+        str(span),
+        "--cache-tokens",
+        str(CACHE_TOKENS),
+        "--threads",
+        "1",
+        "--drain-timeout",
+        str(DRAIN_S),
+    ]
     return ["server_node.cli", "run", str(model), *size, *network, "--log-level", "warning"]
 
 

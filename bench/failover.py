@@ -84,7 +84,7 @@ def main() -> None:
         rows = []
         for length in (int(number) for number in options.contexts.split(",")):
             prompt = [1 + rng.randrange(MOST_ID) for _ in range(length)]
-            wanted, _ = _answer(model, prompt, options.tokens, None)
+            wanted, _ = answer(model, prompt, options.tokens, None)
             for kind in options.kinds.split(","):
                 stalls, num_equal = [], 0
                 for number in range(options.kills):
@@ -112,17 +112,18 @@ def _disturbed(
         pair.end(peer_id, kind)
         ended.append(peer_id)
 
-    found, times = _answer(model, prompt, len(wanted), (after, end))
+    found, times = answer(model, prompt, len(wanted), (after, end))
     pair.replace(ended[0])
     time.sleep(SETTLE_S)
     return max(times) - statistics.median(times), found == wanted
 
 
-def _answer(
+def answer(
     model: DistributedTextModel,
     prompt: list[int],
     num_tokens: int,
     event: tuple[int, Callable[[DistributedTextSession], None]] | None,
+    at_end: Callable[[DistributedTextSession], None] = lambda _: None,
 ) -> tuple[list[int], list[float]]:
     """Return the tokens of an answer and the seconds between them; `event` is what to do after so many tokens."""
     session = model.open_session(len(prompt) + num_tokens)
@@ -140,6 +141,7 @@ def _answer(
         if event and len(tokens) >= event[0]:
             event[1](session)
             event = None
+    at_end(session)
     session.close()
     return tokens, times
 

@@ -1,4 +1,4 @@
-"""`umbel-node run` and `umbel-node bootstrap`: the only place of a node that reads arguments and the environment.
+"""`umbel-node run`, `bootstrap` and `drain`: the only place of a node that reads arguments and the environment.
 
 What is asked to be shown goes to stdout, logs and progress to stderr. Exit status: 0 after a signal, 2 if the node
 cannot start as it was asked to, 1 if it broke down later.
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_NAME_CHARS = 40
+_MOST_SECONDS = 86_400.0
 _PROGRESS_PERIOD_S = 5.0
 _EXIT_WAIT_S = 1.0
+_DRAIN_LOOK_S = 0.2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     lifecycle = _Lifecycle()
     start: Callable[[], Awaitable[None]]
+    if arguments.command == "drain":
+        return _drain(arguments.identity)
     if arguments.command == "run":
         config = _node_config(arguments)
         start = lambda: _run(config, lifecycle)  # noqa: E731
@@ -67,6 +71,7 @@ class _Lifecycle:
     def __init__(self) -> None:
         self.is_up = False
         self.stop = asyncio.Event()
+        self.on_stop: Callable[[], None] = lambda: None
 
     async def watch(self, start: Callable[[], Awaitable[None]]) -> None:
         """Run `start`. The first signal sets `stop`, or cancels what is not up yet; the second ends the process."""
@@ -77,6 +82,7 @@ class _Lifecycle:
                 os._exit(1)
             logger.info("asked to stop; once more, and it is at once")
             self.stop.set()
+            self.on_stop()
             if not self.is_up:
                 task.cancel()
 
@@ -135,6 +141,7 @@ def _leave_device_thread(status: int) -> None:
 async def _run(config: NodeConfig, lifecycle: _Lifecycle) -> None:
     # Not at the top: it loads torch, which takes seconds and must not happen before the environment is set.
     from server_node.node import Observer, run_node
+    from server_node.run_file import run_file
 
     def on_online(online: "Online") -> None:
         lines = [f"online: {online.model} blocks {online.span} {online.address}"]
@@ -142,7 +149,34 @@ async def _run(config: NodeConfig, lifecycle: _Lifecycle) -> None:
             lines.append(f"others join with: umbel-node run {config.model.source} --initial-peers {online.address}")
         lifecycle.up(*lines)
 
-    await run_node(config, lifecycle.stop, Observer(_progress(config.model.source), on_online))
+    with run_file(config.network.identity_path) as running:
+        lifecycle.on_stop = running.leaving
+        await run_node(config, lifecycle.stop, Observer(_progress(config.model.source), on_online, running.leaving))
+
+
+def _drain(identity_path: str | None) -> int:
+    """Let a node of this machine leave, and show how it gets on; return the exit status."""
+    from server_node.run_file import find_node
+
+    try:
+        with find_node(identity_path) as node:
+            node.ask_to_leave()
+            shown = None
+            while not node.has_ended():
+                state = node.state()
+                count = state.num_sessions if state is not None else None
+                if count is not None and count != shown:
+                    shown = count
+                    print(f"{count} session{'' if count == 1 else 's'} still here", flush=True)  # noqa: T201
+                time.sleep(_DRAIN_LOOK_S)
+            print("the node has left", flush=True)  # noqa: T201
+    except SwarmError as error:
+        _complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _complain("the node goes on leaving by itself")
+        return 1
+    return 0
 
 
 async def _bootstrap(network: NetworkConfig, lifecycle: _Lifecycle) -> None:
@@ -200,7 +234,7 @@ def _node_config(arguments: argparse.Namespace) -> NodeConfig:
             prefix_tokens=arguments.prefix_tokens,
         ),
         network=_network_config(arguments),
-        limits=NodeLimits(max_cache_share_per_peer=arguments.peer_cache_share),
+        limits=NodeLimits(max_cache_share_per_peer=arguments.peer_cache_share, drain_s=arguments.drain_timeout),
         name=arguments.name,
     )
 
@@ -250,10 +284,18 @@ def _parser() -> argparse.ArgumentParser:
         "--peer-cache-share", type=_share, default=NodeLimits().max_cache_share_per_peer, metavar="X",
         help="how much of the cache one peer may take; default: %(default)s, 1 in a swarm of one's own",
     )  # fmt: skip
+    run.add_argument(
+        "--drain-timeout", type=_seconds, default=NodeLimits().drain_s, metavar="S",
+        help="seconds that open sessions have to move to other nodes when this one leaves; default: %(default)s",
+    )  # fmt: skip
     run.add_argument("--name", default="", type=_name, help=f"shown to people, at most {MAX_NAME_CHARS} characters")
     bootstrap = commands.add_parser("bootstrap", help="be a first peer that others join at")
     for command in (run, bootstrap):
         _add_network_arguments(command)
+    drain = commands.add_parser("drain", help="let a node that runs on this machine leave, and wait until it has")
+    drain.add_argument("--identity", metavar="FILE", help="that of the node; default: the only node without one")
+    for command in (run, bootstrap, drain):
+        command.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
 
 
@@ -272,7 +314,6 @@ def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-port-mapping", dest="port_mapping", action="store_false", help="do not ask the router to forward the port"
     )
-    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 
 def _span(text: str) -> Span:
@@ -300,6 +341,16 @@ def _share(text: str) -> float:
     if not 0.0 < share <= 1.0:
         raise argparse.ArgumentTypeError(f"a share above 0 and up to 1 is needed, not {text!r}")
     return share
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0.0 <= seconds <= _MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"0 to {_MOST_SECONDS:g} seconds are possible, not {text!r}")
+    return seconds
 
 
 def _port(text: str) -> int:
