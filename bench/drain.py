@@ -46,17 +46,18 @@ class Holders:
         }
         self._nodes: dict[PeerId, NodeProcess] = {}
         for peer_id in self._paths:
-            self.start(peer_id)
+            self._start(peer_id)
+        for node in self._nodes.values():
+            node.wait_until_online()
 
     @property
     def peer_ids(self) -> frozenset[PeerId]:
         """Who they are."""
         return frozenset(self._paths)
 
-    def start(self, peer_id: PeerId) -> None:
-        """Start a node and wait until it is online."""
-        node = NodeProcess(*self._start_with, "--identity", str(self._paths[peer_id]))
-        self._nodes[peer_id] = node.wait_until_online()
+    def _start(self, peer_id: PeerId) -> NodeProcess:
+        node = self._nodes[peer_id] = NodeProcess(*self._start_with, "--identity", str(self._paths[peer_id]))
+        return node
 
     def leave(self, peer_id: PeerId) -> None:
         """Ask a node to leave."""
@@ -65,7 +66,7 @@ class Holders:
     def start_again(self, peer_id: PeerId) -> None:
         """Start a node anew that was asked to leave, once it has."""
         self._nodes.pop(peer_id).stop()
-        self.start(peer_id)
+        self._start(peer_id).wait_until_online()
 
     def close(self) -> None:
         """End both."""
