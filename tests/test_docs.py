@@ -50,7 +50,7 @@ FLAG_SAMPLES = {
     "--dtype": "bfloat16", "--threads": "2", "--cache-tokens": "5", "--initial-peers": "/ip4/1.2.3.4", "--host": "::",
     "--port": "99", "--announce": "/ip4/1.2.3.4", "--identity": "key",
     "--prefix-tokens": "0",
-    "--peer-cache-share": "0.5", "--quantization": "int8",
+    "--peer-cache-share": "0.5", "--drain-timeout": "5", "--quantization": "int8",
 }  # fmt: skip
 
 
@@ -243,8 +243,8 @@ def help_of(main: Callable[[list[str]], object], *arguments: str) -> set[str]:
 
 def test_no_flag_is_missing_and_none_is_invented() -> None:
     commands = {
-        (server_node.cli.main, "run"), (server_node.cli.main, "bootstrap"), (app.cli.main, "serve"),
-        (app.cli.main, "demo"),
+        (server_node.cli.main, "run"), (server_node.cli.main, "bootstrap"), (server_node.cli.main, "drain"),
+        (app.cli.main, "serve"), (app.cli.main, "demo"),
     }  # fmt: skip
     known = set().union(*(help_of(main, command) for main, command in commands))
     named = {
