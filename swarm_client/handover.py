@@ -53,10 +53,10 @@ LOOK_AGAIN_S = 2.0
 """Between two tries to find a node that takes over."""
 
 CATCH_UP_TOKENS = 64
-"""More than these are copied and not played: playing keeps the next step waiting, for some 20 ms to each token."""
+"""More than these are copied and not played: playing keeps the next step waiting as a prompt of so many tokens does."""
 
-PAUSE_S = 0.1
-"""Between two rounds of copying, while a long prompt is computed."""
+PAUSE_S = 0.5
+"""Between two rounds of copying, while a long prompt is computed: each takes two new streams at both nodes."""
 
 LISTEN_AFTER_S = 1.0
 """Without a step, until what the nodes say of themselves is read between steps, too."""
@@ -105,7 +105,7 @@ class _Move:
 
     @property
     def kept(self) -> int:
-        """How many tokens are good at the new legs."""
+        """How many tokens are good at the new leg."""
         return 0 if self.is_permuted else min(self.position, self.lowest)
 
 

@@ -17,7 +17,7 @@ from swarm_protocol.identity import load_or_create_identity
 
 pytestmark = [pytest.mark.p2p, pytest.mark.timeout(600)]
 
-NUM_TOKENS = 48
+NUM_TOKENS = 40
 
 
 def test_an_answer_goes_on_while_the_nodes_of_its_second_half_leave(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_an_answer_goes_on_while_the_nodes_of_its_second_half_leave(tmp_path: Pa
         swarm = Swarm.connect(ClientConfig((first.address,), host="127.0.0.1", relay=False))
         stack.callback(swarm.close)
         model = open_text_model(source, swarm=swarm)
-        prompt = list(range(100, 400))
+        prompt = list(range(100, 250))
 
         def answer(events: dict[int, Callable[[NodeProcess, Path], None]]) -> tuple[list[int], list[str]]:
             session, used = model.open_session(len(prompt) + NUM_TOKENS), []
@@ -60,8 +60,7 @@ def test_an_answer_goes_on_while_the_nodes_of_its_second_half_leave(tmp_path: Pa
 
         found, used = answer({6: terminate, 24: drain})
         assert found == wanted
-        # Each leave of the three was noticed in time, or the last one comes with the next answer.
-        assert len(set(used)) >= 2
+        assert len(set(used)) == 3  # twice in the middle of the answer
         shown, _ = following[0].communicate(timeout=60)
         assert shown.splitlines()[-1] == "the node has left"
         assert following[0].returncode == 0
