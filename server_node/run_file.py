@@ -126,7 +126,9 @@ def find_node(identity_path: str | None) -> RunningNode:
         if node is None:
             raise ConfigError(f"no node runs with the identity file {identity_path}")
         return node
-    nodes = [node for path in sorted(_folder().glob(f"*{_SUFFIX}")) if (node := _opened(path)) is not None]
+    # In a folder that anybody could have made, only this user's own files say whom to signal.
+    paths = [path for path in sorted(_folder().glob(f"*{_SUFFIX}")) if path.lstat().st_uid == os.getuid()]
+    nodes = [node for path in paths if (node := _opened(path)) is not None]
     if len(nodes) == 1:
         return nodes[0]
     for node in nodes:

@@ -124,17 +124,29 @@ def test_a_folder_that_others_can_write_to_is_not_used(own_folder: Path, caplog:
     assert "will not find this node" in caplog.text
 
 
+def test_files_of_other_users_name_no_node(
+    own_folder: Path, signals: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with run_file(None):
+        folder = own_folder / f"umbel-{os.getuid()}"
+        other = os.getuid() + 1
+        folder.rename(own_folder / f"umbel-{other}")
+        monkeypatch.setattr(os, "getuid", lambda: other)
+        with pytest.raises(ConfigError, match="no node"):
+            find_node(None)
+    assert signals == []
+
+
 def test_the_command_follows_a_node_until_it_has_left(
     identity: str, running: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
     process = running(identity)  # type: ignore[operator]
     assert cli.main(["drain", "--identity", identity]) == 0
     assert process.wait(10) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "2 sessions still here",
-        "1 session still here",
-        "the node has left",
-    ]
+    *counts, last = capsys.readouterr().out.splitlines()
+    assert last == "the node has left"
+    assert counts  # on a busy machine it may be only one of them
+    assert set(counts) <= {"2 sessions still here", "1 session still here"}
 
 
 def test_the_command_says_in_one_line_that_there_is_no_node(identity: str, capsys: pytest.CaptureFixture[str]) -> None:
