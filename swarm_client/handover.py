@@ -14,18 +14,19 @@ there is no tape, the rest is copied once more, while no step runs. Whatever goe
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from swarm_client.config import ClientConfig
+from swarm_client.events import RouteReason
 from swarm_client.leg import Leg
 from swarm_client.message_stream import MessageStream
 from swarm_client.replay import SourceLostError
+from swarm_client.reservation import tokens_to_reserve
 from swarm_client.session_streams import SessionStreams
-from swarm_client.span_stream import tokens_to_reserve
 from swarm_protocol.errors import (
     SessionClosedError,
     StepTimeoutError,
@@ -76,16 +77,13 @@ class MovingSession(Protocol):
     def length(self) -> int:
         """The tokens that went into the first hop, those of a step that runs included."""
 
-    async def settle(self) -> None:
-        """Complete the steps that were cancelled. Raises SwarmError."""
-
     def around(self, leg: Leg) -> tuple[Leg | None, Leg | None]:
         """Return the legs before and behind one."""
 
     async def play(self, new: Leg, leg: Leg, start: int, end: int) -> None:
         """Have `new` compute the tokens `[start, end)` that `leg` was given. Raises SwarmError or SourceLostError."""
 
-    def exchange(self, leg: Leg, found: Sequence[Leg]) -> None:
+    def exchange(self, leg: Leg, found: Sequence[Leg], reason: RouteReason) -> None:
         """Let `found` take the place of `leg`, whose session is ended."""
 
 
@@ -119,9 +117,12 @@ class Handovers:
         streams: SessionStreams,
         config: ClientConfig,
         max_length: int,
+        settle: Callable[[], Awaitable[None]],
     ) -> None:
+        """`settle` completes the steps that were cancelled, or raises SwarmError."""
         self._transport = transport
         self._session = session
+        self._settle = settle
         self._streams = streams
         self._config = config
         self._max_length = max_length
@@ -155,7 +156,7 @@ class Handovers:
         try:
             if self._listening is not None:
                 await self._stop_listening()
-            await self._session.settle()
+            await self._settle()
             await self._before_step(position, row_order)
             yield
         finally:
@@ -314,7 +315,7 @@ class Handovers:
     def _exchange(self, move: _Move, found: Leg) -> None:
         there = f"{short_peer(found.peer_id)}[{found.hop.span}]"
         logger.info("moved %s to %s, %d tokens were copied", move.leg.hop.span, there, move.kept)
-        self._session.exchange(move.leg, [found])
+        self._session.exchange(move.leg, [found], "node_leaving")
 
     def _start_noting(self, move: _Move) -> None:
         """From now on what steps do counts, with the one that may run now."""

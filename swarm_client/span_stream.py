@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from swarm_client.node_line import HopLimits, NodeLine
+from swarm_client.reservation import tokens_to_reserve
 from swarm_client.routing.find_route import Hop, ModelKey
 from swarm_client.sent import Sent
 from swarm_protocol.errors import (
@@ -61,12 +62,6 @@ RESUME_TRY_S = 1.0
 
 _REQUESTS = 1 << 60
 """Where the numbers of what is asked besides steps begin."""
-
-
-def tokens_to_reserve(num_tokens: int, ahead: int, max_length: int) -> int:
-    """Return the reservation for a session of `num_tokens` tokens that may grow to `max_length`: whole pages."""
-    wanted = num_tokens + max(ahead, num_tokens // 4)
-    return min(max_length, -(-wanted // PAGE_TOKENS) * PAGE_TOKENS)
 
 
 class SpanStream:

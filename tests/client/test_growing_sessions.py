@@ -12,7 +12,7 @@ from server_node.compute.block_runner import BlockRunner
 from server_node.node import Node
 from swarm_client import SamplingParams
 from swarm_client.generation.text_model import DistributedTextModel
-from swarm_client.span_stream import tokens_to_reserve
+from swarm_client.reservation import tokens_to_reserve
 from swarm_protocol.errors import CacheFullError
 from swarm_protocol.messages import PAGE_TOKENS
 from tests.client.test_model import Pair

@@ -125,9 +125,9 @@ class Scene:
         """End a node as SIGKILL would."""
         self.network.kill(self.nodes[index].transport.peer_id)
 
-    def another_session(self, config: ClientConfig = CONFIG, max_length: int = 20) -> SwarmSession:
+    def another_session(self, config: ClientConfig = CONFIG, max_length: int = 20, batch_size: int = 1) -> SwarmSession:
         watcher = SwarmWatcher(self.client, KEY, config.view_age_s, PeerHealth(config.avoid_s))
-        return SwarmSession(self.client, watcher, config, KEY, 1, max_length, PREFIX_KEY, self.tapes)
+        return SwarmSession(self.client, watcher, config, KEY, batch_size, max_length, PREFIX_KEY, self.tapes)
 
 
 @asynccontextmanager

@@ -141,8 +141,7 @@ async def test_a_rollback_that_runs_when_the_node_is_asked_counts_too() -> None:
 async def test_permuted_rows_are_copied_when_no_step_runs() -> None:
     async with scene(HALVES[0], SECOND, SECOND) as s:
         await s.session.close()
-        s.session = s.another_session(max_length=20)
-        s.session._batch_size = s.session._streams._batch_size = 2
+        s.session = s.another_session(max_length=20, batch_size=2)
         rows = states(12, rows=2)
         await s.session.open(12)
         await s.session.step(to_wire(rows[:, :8]), 0)

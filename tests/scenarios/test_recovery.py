@@ -417,7 +417,7 @@ async def test_a_session_that_is_closed_during_a_recovery_leaves_nothing_behind(
 async def test_a_frozen_node_that_takes_no_more_bytes_is_found_out() -> None:
     async with scene(HALVES[0], HALVES[0], SECOND) as s:
         await s.session.open(1)
-        stream = s.session._legs[0].stream._line.stream
+        stream = s.session._route.legs[0].stream._line.stream
         assert stream is not None
 
         async def send_for_ever(_: Any) -> None:
