@@ -1,4 +1,4 @@
-"""Move what sessions have cached from a node that leaves to one that takes over: both nodes' sides.
+"""Copy what sessions have cached from a node to one that takes over, or stands by: both nodes' sides.
 
 Who may fetch what: the client that opened a session proves it with its resume token and names the node that is to have
 the pages. That node, and no other, may fetch them with the ticket, once and soon. It writes them only into a session
@@ -99,12 +99,10 @@ class Transfers:
             case _:
                 raise UnexpectedMessageError(f"{type(message).__name__} has no place on a stream for transfers")
 
-    # the node that leaves
+    # the node that has it
 
     def _offer(self, request: OfferSession, peer_id: PeerId) -> SessionOffered:
         session = self._sessions.find(peer_id, request.session_id, request.resume_token)
-        if not self._admission.is_draining:
-            raise InvalidRequestError("this node stays: its sessions need not move")
         now_s = _now_s()
         # The ticket before it is not needed any more, and a session has one at most.
         self._offers = {
@@ -132,7 +130,9 @@ class Transfers:
                 work = ReadWork(session.cache, position, PIECE_BYTES, end, session.plan.peer_id)
                 read = await self._worker.run(work)
                 outputs = self._outputs(session, position, position + read.states.shape[0])
-                self._check_size(memoryview(read.states.data).nbytes + memoryview(outputs.data).nbytes)
+                num_bytes = memoryview(read.states.data).nbytes + memoryview(outputs.data).nbytes
+                self._check_size(num_bytes)
+                self._admission.rates.frame(session.plan.peer_id, num_bytes, _now_s())
                 is_last = not read.num_left
                 link.post(Pages(position, read.states, outputs, is_last))
                 position += read.states.shape[0]

@@ -28,6 +28,8 @@ class ClientConfig:
                     gone; 0 fails at once
     tape_bytes      what all sessions together may keep of the states that went into nodes, to play them to others; a
                     session beyond that is computed again from its tokens
+    standby         whether a second node follows along at each hop, to take over at once; it takes as much KV cache
+                    again
     reuse_prefixes  whether nodes may keep what they computed of a prompt for this client's later sessions
     step_tokens     most tokens (rows x columns) in one step; longer inputs are cut, so that no frame gets too large
     """
@@ -46,6 +48,7 @@ class ClientConfig:
     reserve_tokens: int = 256
     max_wait_s: float = 30.0
     tape_bytes: int = 1024 * 1024 * 1024
+    standby: bool = False
     reuse_prefixes: bool = True
     step_tokens: int = 512
     blocked_peers: frozenset[PeerId] = field(default_factory=frozenset)

@@ -18,35 +18,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
-from swarm_client.config import ClientConfig
-from swarm_client.events import RouteReason
 from swarm_client.leg import Leg
-from swarm_client.message_stream import MessageStream
 from swarm_client.replay import SourceLostError
-from swarm_client.reservation import tokens_to_reserve
-from swarm_client.session_streams import SessionStreams
+from swarm_client.twins import MovingSession, Twins
 from swarm_protocol.errors import (
-    SessionClosedError,
-    StepTimeoutError,
     SwarmError,
     TapeLostError,
     UnexpectedMessageError,
-    error_from_wire,
 )
 from swarm_protocol.ids import PeerId, short_peer
 from swarm_protocol.messages import (
-    TRANSFER_PROTOCOL,
-    CopySession,
     Draining,
-    ErrorReply,
-    Message,
-    OfferSession,
-    SessionCopied,
-    SessionOffered,
 )
-from swarm_protocol.transport.base import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -64,27 +48,6 @@ LISTEN_AFTER_S = 1.0
 
 LONGEST_S = 3600.0
 """A node may say that it leaves later; it is taken to leave then."""
-
-
-class MovingSession(Protocol):
-    """What a hand-over needs of its session."""
-
-    @property
-    def legs(self) -> Sequence[Leg]:
-        """The legs that it has now."""
-
-    @property
-    def length(self) -> int:
-        """The tokens that went into the first hop, those of a step that runs included."""
-
-    def around(self, leg: Leg) -> tuple[Leg | None, Leg | None]:
-        """Return the legs before and behind one."""
-
-    async def play(self, new: Leg, leg: Leg, start: int, end: int) -> None:
-        """Have `new` compute the tokens `[start, end)` that `leg` was given. Raises SwarmError or SourceLostError."""
-
-    def exchange(self, leg: Leg, found: Sequence[Leg], reason: RouteReason) -> None:
-        """Let `found` take the place of `leg`, whose session is ended."""
 
 
 @dataclass(slots=True, eq=False)
@@ -110,22 +73,11 @@ class _Move:
 class Handovers:
     """The moves of one session. Belongs to the event loop."""
 
-    def __init__(
-        self,
-        transport: Transport,
-        session: MovingSession,
-        streams: SessionStreams,
-        config: ClientConfig,
-        max_length: int,
-        settle: Callable[[], Awaitable[None]],
-    ) -> None:
+    def __init__(self, session: MovingSession, twins: Twins, settle: Callable[[], Awaitable[None]]) -> None:
         """`settle` completes the steps that were cancelled, or raises SwarmError."""
-        self._transport = transport
         self._session = session
+        self._twins = twins
         self._settle = settle
-        self._streams = streams
-        self._config = config
-        self._max_length = max_length
         self._moves: dict[_Move, asyncio.Task[None]] = {}
         self._rewinds_to: int | None = None
         self._is_permuting = False
@@ -197,7 +149,7 @@ class Handovers:
         passed_over: set[PeerId] = set()
         while _now_s() < move.deadline_s and move.leg in self._session.legs:
             try:
-                found = await self._open_twin(move.leg, passed_over)
+                found = await self._twins.open(move.leg, passed_over)
                 passed_over.add(found.peer_id)
                 if await self._copied(move, found, 0):
                     return
@@ -206,23 +158,6 @@ class Handovers:
                 await asyncio.sleep(min(LOOK_AGAIN_S, max(0.0, move.deadline_s - _now_s())))
                 passed_over.clear()
         self._moves.pop(move, None)
-
-    async def _open_twin(self, leg: Leg, passed_over: set[PeerId]) -> Leg:
-        """Return a leg at another node, empty, that can take over what `leg` has cached. Raises SwarmError."""
-        reserved = tokens_to_reserve(self._session.length, self._config.reserve_tokens, self._max_length)
-        hops = await self._streams.find_route(
-            reserved, span=leg.hop.span, without=leg.peer_id, twins_of=leg.hop, passed_over=passed_over
-        )
-        if leg not in self._session.legs:
-            raise SessionClosedError("the session has moved, or is closed")
-        before, behind = self._session.around(leg)
-        legs, _ = await self._streams.open(
-            hops[:1],
-            reserved,
-            upstream=None if before is None else before.peer_id,
-            downstream=None if behind is None else behind.peer_id,
-        )
-        return legs[0]
 
     async def _copied(self, move: _Move, found: Leg, position: int) -> bool:
         """Copy from `position` on to the new leg until so little is missing that it can be played.
@@ -239,7 +174,7 @@ class Handovers:
                 position = move.kept
             await self._stop_listening()
         except BaseException as error:
-            self._streams.end(found.stream)
+            self._twins.end(found)
             if not isinstance(error, SwarmError):
                 raise
             logger.info("%s could not copy: %s", short_peer(found.peer_id), error)
@@ -253,18 +188,7 @@ class Handovers:
             await self._prepare(move)
 
     async def _copy(self, move: _Move, found: Leg, position: int) -> int:
-        """Copy the tokens from `position` on; return how many there are then. Raises SwarmError."""
-        old, new = move.leg.stream, found.stream
-        offer = OfferSession(*old.credentials, new.hop.peer_id)
-        offered = await self._ask(old.hop.peer_id, offer, self._config.open_s)
-        if not isinstance(offered, SessionOffered):
-            raise UnexpectedMessageError(f"{type(offered).__name__} came, SessionOffered was expected")
-        copy = CopySession(*new.credentials, old.hop.peer_id, offered.ticket, position)
-        copied = await self._ask(new.hop.peer_id, copy, max(self._config.open_s, move.deadline_s - _now_s()))
-        if not isinstance(copied, SessionCopied):
-            raise UnexpectedMessageError(f"{type(copied).__name__} came, SessionCopied was expected")
-        new.filled(copied.position)
-        return min(copied.position, self._session.length)  # a step that rolls back may be on its way
+        return await self._twins.copy(move.leg, found, position, move.deadline_s - _now_s())
 
     def _is_ready(self, move: _Move, found: Leg) -> None:
         """The new leg is there: exchange them now if nothing is missing and no step runs, else before the next."""
@@ -276,14 +200,14 @@ class Handovers:
         if is_held:
             self._exchange(move, found)
         else:
-            self._streams.end(found.stream)
+            self._twins.end(found)
 
     async def _finish(self, move: _Move, found: Leg, position: int) -> None:
         """Let the new leg take over before a step at `position`; if it cannot, the move begins again."""
         self._moves.pop(move)
         move.found = None
         if move.leg not in self._session.legs:
-            self._streams.end(found.stream)
+            self._twins.end(found)
             return
         if not move.is_permuted and position - move.kept > CATCH_UP_TOKENS:
             self._moves[move] = asyncio.create_task(self._copy_on(move, found), name="hand-over")
@@ -291,7 +215,7 @@ class Handovers:
         try:
             await self._catch_up(move, found, position)
         except BaseException as error:
-            self._streams.end(found.stream)
+            self._twins.end(found)
             self._begin(_Move(move.leg, move.deadline_s))
             if not isinstance(error, SwarmError | SourceLostError):
                 raise
@@ -327,23 +251,6 @@ class Handovers:
         if self._rewinds_to is not None:
             move.lowest = min(move.lowest, self._rewinds_to)
         move.is_permuted |= self._is_permuting
-
-    async def _ask(self, peer_id: PeerId, request: Message, timeout_s: float) -> Message:
-        try:
-            async with asyncio.timeout(timeout_s):
-                stream = MessageStream(await self._transport.dial(peer_id, TRANSFER_PROTOCOL))
-                try:
-                    await stream.send(request)
-                    reply = await stream.receive()
-                finally:
-                    await stream.close()
-        except TimeoutError:
-            raise StepTimeoutError(
-                f"{short_peer(peer_id)} took longer than {timeout_s:.0f} s to move a session"
-            ) from None
-        if isinstance(reply, ErrorReply):
-            raise error_from_wire(reply.code, reply.message, reply.retryable)
-        return reply
 
     # between steps
 

@@ -8,7 +8,7 @@ others keep their caches.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 
 from swarm_client.config import ClientConfig
@@ -44,7 +44,8 @@ logger = logging.getLogger(__name__)
 class SessionRoute:
     """The legs of a session in the order of their blocks, and what went into the first of them.
 
-    `now_s` is the swarm's clock. `on_new` hears of legs that have come.
+    `now_s` is the swarm's clock. `on_new` hears of legs that have come; `standby_of` gives the leg that stands by for
+    one that has failed, and how many tokens are there already.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class SessionRoute:
         self.legs: list[Leg] = []
         self.tape = Tape(tapes)
         self.on_new: Callable[[Sequence[Leg]], None] = lambda _: None
+        self.standby_of: Callable[[Leg], Awaitable[tuple[Leg, int] | None]] = _nobody
         self._streams = streams
         self._watcher = watcher
         self._config = config
@@ -189,7 +191,7 @@ class SessionRoute:
         logger.info("looking for other nodes for %s: %s", leg.hop.span, error)
         while True:
             try:
-                found = await self._other_legs(index, flight)
+                found = await self._standing_by(leg, flight) or await self._other_legs(index, flight)
                 break
             except SourceLostError as problem:
                 if isinstance(problem.error, TapeLostError):
@@ -218,6 +220,25 @@ class SessionRoute:
         logger.info("recovered %d tokens of %s at %s", flight.position, leg.hop.span, route)
         self._news.recovered(flight.position)
         return index
+
+    async def _standing_by(self, leg: Leg, flight: Flight) -> list[Leg]:
+        """Return the leg that stands by for one that was lost, brought to where `flight` begins; empty if none does."""
+        standby = await self.standby_of(leg) if leg.failure is not None else None
+        if standby is None:
+            return []
+        twin, kept = standby
+        twin.order_for(flight.number, None)  # its tape has permuted its rows
+        try:
+            start = min(kept, flight.position)
+            await self._play(self.around(leg)[0], [twin], start, flight.position, flight.states)
+        except SwarmError as error:
+            logger.info("%s stood by in vain: %s", short_peer(twin.peer_id), error)
+            self._streams.end(twin.stream)
+            return []
+        except BaseException:
+            self._streams.end(twin.stream)
+            raise
+        return [twin]
 
     async def _other_legs(self, index: int, flight: Flight) -> list[Leg]:
         """Return legs for the blocks of leg `index` at other nodes, brought to where `flight` begins."""
@@ -278,3 +299,7 @@ class SessionRoute:
             leg.failure = error
             if is_blamed and not has_forgotten(error):
                 self._streams.blame(leg.peer_id, error)
+
+
+async def _nobody(_: Leg) -> None:
+    return None

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from swarm_client.config import ClientConfig
 from swarm_client.handover import Handovers
@@ -29,6 +29,8 @@ from swarm_client.sent import NotBroughtError
 from swarm_client.session_news import SessionNews
 from swarm_client.session_route import SessionRoute
 from swarm_client.session_streams import SessionStreams, is_nodes_fault
+from swarm_client.standby import Standbys
+from swarm_client.twins import Twins
 from swarm_protocol.errors import (
     CacheFullError,
     InvalidTensorError,
@@ -73,8 +75,12 @@ class SwarmSession:
         self._route = SessionRoute(streams, watcher, config, self.news, batch_size, max_length, tapes, transport.now_s)
         self._num_steps = 0
         self._flights: deque[Flight] = deque()
-        self._handovers = Handovers(transport, self._route, streams, config, max_length, self._settle)
-        self._route.on_new = self._handovers.watch
+        twins = Twins(transport, self._route, streams, config, max_length)
+        self._handovers = Handovers(self._route, twins, self._settle)
+        self._standbys = Standbys(self._route, twins)
+        self._route.on_new = self._watch
+        if config.standby:
+            self._route.standby_of = self._standbys.take
 
     @property
     def route(self) -> Sequence[Hop]:
@@ -109,7 +115,7 @@ class SwarmSession:
         position that was cached before. Blocks whose node fails are given to others; where there are none, they are
         waited for, `ClientConfig.max_wait_s` long. Raises SwarmError.
         """
-        async with self._handovers.stepping(position, row_order):
+        async with self._stepping(position, row_order):
             flight = self._take_off(hidden_states, position, row_order)
             if (
                 not every_span
@@ -135,7 +141,7 @@ class SwarmSession:
         most = max(1, self._config.step_tokens // self._batch_size)
         results: list[StepResult] = []
         if len(self._route.legs) > 1 and num_tokens >= FIRST_TOKENS + LEAST_TOKENS and not every_span:
-            async with self._handovers.stepping(position):
+            async with self._stepping(position):
                 try:
                     await fly_pieces(
                         lambda start, end: self._take_off(cut(start, end), position + start),
@@ -163,10 +169,23 @@ class SwarmSession:
     async def close(self) -> None:
         """Free the caches at every node. Idempotent."""
         await self._handovers.close()
+        await self._standbys.close()
         self._flights.clear()
         await self._route.close()
 
+    def _watch(self, legs: Sequence[Leg]) -> None:
+        self._handovers.watch(legs)
+        if self._config.standby:
+            self._standbys.watch(legs)
+
     # the life of a step
+
+    @contextlib.asynccontextmanager
+    async def _stepping(self, position: int, row_order: tuple[int, ...] | None = None) -> AsyncIterator[None]:
+        async with self._handovers.stepping(position, row_order):
+            self._standbys.steps(position, row_order)
+            yield
+            self._standbys.stepped()
 
     def _take_off(self, hidden_states: WireTensor, position: int, row_order: tuple[int, ...] | None = None) -> Flight:
         self._route.check_open()

@@ -147,13 +147,6 @@ async def test_a_session_that_is_fetched_is_not_idle_and_then_ends():
 
 
 @virtual
-async def test_a_session_of_a_node_that_stays_is_not_offered():
-    async with moving(is_leaving=False) as move:
-        answer = await ask(move.client, move.old.transport.peer_id, move.offer())
-        assert_error(answer, "invalid_request")
-
-
-@virtual
 async def test_only_its_own_client_can_offer_a_session():
     async with moving() as move:
         old = move.old.transport.peer_id
