@@ -146,10 +146,24 @@ async def scene(*spans: Span, config: ClientConfig = CONFIG, max_length: int = 2
         await served.transport.close()
 
 
-async def start_node(network: MemoryNetwork, span: Span, group: asyncio.TaskGroup, numerics: str = "test") -> Served:
-    transport = network.transport()
+async def start_node(
+    network: MemoryNetwork,
+    span: Span,
+    group: asyncio.TaskGroup,
+    numerics: str = "test",
+    transport: MemoryTransport | None = None,
+    incarnation: int = 1,
+) -> Served:
+    """Start a node and wait until it is online; `transport` is that of a peer that was there before."""
+    transport = transport or network.transport()
     worker = CountingWorker(span)
-    record = replace(node_record(transport), start_block=span.start, end_block=span.end, numerics=numerics)
+    record = replace(
+        node_record(transport),
+        start_block=span.start,
+        end_block=span.end,
+        numerics=numerics,
+        incarnation=incarnation,
+    )
     announcer = Announcer(transport, network.identity(transport.peer_id).sign, record)
     served = ServedSpan(MODEL, REVISION, span, HIDDEN, "float32", 400, numerics)
     node = Node(transport, announcer, worker, served, NodeLimits())

@@ -1,21 +1,18 @@
 """Sessions go on, with the same outputs, while nodes die, freeze, leave, run full and answer wrongly."""
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from swarm_client.node_line import NOTICE_S
 from swarm_protocol.errors import CacheFullError, InvalidTensorError, MissingBlocksError, SessionClosedError, SwarmError
 from swarm_protocol.messages import OpenSession, Ping, Pong, SessionOpened, Step, StepReply, error_reply
 from swarm_protocol.spans import Span
 from swarm_protocol.tensors import from_wire, to_wire
-from swarm_protocol.transport.memory_net import LinkProfile
 from swarm_protocol.transport.virtual_clock import run_virtual
 from tests.node.node_scenario import HIDDEN, Conversation, settle, states, virtual
 from tests.scenarios.client_scenario import (
@@ -290,84 +287,6 @@ async def test_memory_of_tapes_is_given_back() -> None:
         assert s.tapes.used_bytes == at_first.used_bytes == 2 * 4 * HIDDEN
         await s.session.close()
         assert s.tapes.used_bytes == at_first.used_bytes == 0
-
-
-@dataclass(frozen=True)
-class Fate:
-    """What happens at one time: `what` to the node at `index` of those that live."""
-
-    after_s: float
-    what: str
-    index: int
-
-
-FATES = st.lists(
-    st.builds(
-        Fate,
-        st.floats(0.0, 1.5),
-        st.sampled_from(["kill", "freeze", "break", "cut", "part", "thaw", "leave"]),
-        st.integers(0, 5),
-    ),
-    max_size=6,
-)
-SPARES = (Span(0, 2), Span(0, 1), Span(1, NUM_BLOCKS), Span(2, 4), Span(3, NUM_BLOCKS), WHOLE)
-
-
-@settings(max_examples=150, deadline=None)
-@given(fates=FATES, columns=st.lists(st.integers(1, 4), min_size=2, max_size=5), rewinds=st.sets(st.integers(1, 4)))
-def test_whatever_fails_the_outputs_are_those_of_an_undisturbed_session(
-    fates: Sequence[Fate], columns: Sequence[int], rewinds: set[int]
-) -> None:
-    run_virtual(disturbed(fates, columns, rewinds))
-
-
-async def disturbed(fates: Sequence[Fate], columns: Sequence[int], rewinds: set[int]) -> None:
-    # Two nodes that nothing happens to always cover the blocks; everybody else may fail at any time.
-    async with scene(*HALVES, *SPARES, config=replace(CONFIG, max_wait_s=60.0, resume_s=3.0, step_s=10.0)) as s:
-        for served in s.nodes:
-            s.network.set_link(s.client.peer_id, served.transport.peer_id, LinkProfile(0.03))
-        await s.session.open(1)
-        fate = asyncio.create_task(fulfil(s, fates))
-        tokens = states(sum(columns))
-        wanted = local_output(tokens)
-        position = 0
-        for number, width in enumerate(columns):
-            if number in rewinds:
-                position //= 2
-            piece = tokens[:, position : position + width]
-            result = await s.session.step(to_wire(piece), position)
-            assert_close(from_wire(result.outputs[-1]), wanted[:, position : position + width])
-            position += width
-            await asyncio.sleep(0.1)
-        await fate
-        for served in s.nodes:
-            s.network.thaw(served.transport.peer_id)
-
-
-async def fulfil(s: Scene, fates: Sequence[Fate]) -> None:
-    began_s, mortal = now_s(), s.nodes[len(HALVES) :]
-    for fate in sorted(fates, key=lambda fate: fate.after_s):
-        await asyncio.sleep(max(0.0, began_s + fate.after_s - now_s()))
-        peer_id = mortal[fate.index].transport.peer_id
-        if s.network.online(peer_id) is None:
-            continue
-        match fate.what:
-            case "kill":
-                s.network.kill(peer_id)
-            case "freeze":
-                s.network.freeze(peer_id)
-            case "thaw":
-                s.network.thaw(peer_id)
-            case "break":
-                s.network.break_streams(s.client.peer_id, peer_id)
-            case "cut":
-                s.network.cut(s.client.peer_id, peer_id)
-            case "part":  # from all other nodes, not from the client
-                for other in s.nodes:
-                    if other is not mortal[fate.index]:
-                        s.network.cut(peer_id, other.transport.peer_id)
-            case "leave":
-                mortal[fate.index].node.sessions.close_all()
 
 
 def test_no_wait_means_that_the_error_comes_at_once() -> None:
