@@ -83,9 +83,7 @@ class Mortals:
     async def add(self, span: Span, transport: Any = None) -> None:
         """Start a node; with a transport, one that was there before."""
         self.num_starts += 1
-        served = await start_node(
-            self.s.network, span, self.s.group, transport=transport, incarnation=self.num_starts
-        )
+        served = await start_node(self.s.network, span, self.s.group, transport=transport, incarnation=self.num_starts)
         self.s.nodes.append(served)
         self.served.append(served)
         peer_id = served.transport.peer_id
