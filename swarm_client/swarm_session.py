@@ -258,6 +258,8 @@ class SwarmSession:
                 if index != segment[-1] and states.shape == flight.states.shape:
                     self._route.link_failed(legs[index], legs[index + 1])
                     raise NotBroughtError(f"{short_peer(legs[index].peer_id)} does not reach the next node")
+        if states.shape != flight.states.shape:
+            raise InvalidTensorError(f"the last node answered {states} to {flight.states}")
         check_finite(from_wire(states))
         for timing in timings:
             self._watcher.stepped(timing.hop, flight.num_tokens, timing.total_s)
@@ -299,6 +301,8 @@ class SwarmSession:
                         raise
                     lost = self._lost_leg(error, index, states[index], flight)
                     lost = await self._route.replace(lost, flight, error)
+                    if is_wrong_answer(error):
+                        self._distrust(flight, lost)
                     del states[lost + 1 :], timings[lost:]
                 else:
                     self._route.check_open()
@@ -311,6 +315,12 @@ class SwarmSession:
             self._give_up(flight)
             raise
         return StepResult(tuple(states[1:]), tuple(timings))
+
+    def _distrust(self, flight: Flight, index: int) -> None:
+        """A node before answered wrongly, and may have sent it on: what the legs from `index` on hold is given up."""
+        for leg in self._route.legs[index:]:
+            if leg in flight.sent and leg.failure is None:
+                leg.failure = SessionNotFoundError("it may have been given wrong states")
 
     async def _visit(self, flight: Flight, index: int, states: WireTensor) -> tuple[WireTensor, HopTiming]:
         """Return what one node makes of a step. The last one's output is checked: others' the next node sees."""
