@@ -61,12 +61,15 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
     ends: EndsModule
     checkpoint: Checkpoint
 
-    def inference_session(self, *, max_length: int, on_event: EventListener | None = None) -> InferenceSession:
+    def inference_session(
+        self, *, max_length: int, standby: bool | None = None, on_event: EventListener | None = None
+    ) -> InferenceSession:
         """Return a session for up to `max_length` tokens a row; a context manager. Caches are reserved at first use.
 
-        `on_event` is told what happens to the route (`swarm_client.events`), by the thread that waits for the step.
+        With `standby` a second node follows along at each hop; None is what `ClientConfig.standby` says. `on_event` is
+        told what happens to the route (`swarm_client.events`), by the thread that waits for the step.
         """
-        return self.remote_blocks.session(max_length, on_event)
+        return self.remote_blocks.session(max_length, on_event, standby=standby)
 
     def _forward(self, family_forward: Callable[..., Any], **kwargs: Any) -> Any:
         """Run the family's forward with the session's cache. Inside a session only new tokens are passed.

@@ -87,12 +87,14 @@ class RemoteBlocks(nn.Module):
         self.model = model
         swarm.watch(model)
 
-    def session(self, max_length: int, on_event: EventListener | None = None) -> InferenceSession:
+    def session(
+        self, max_length: int, on_event: EventListener | None = None, *, standby: bool | None = None
+    ) -> InferenceSession:
         """Return a session for up to `max_length` tokens a row; the caches are reserved at its first step."""
         return InferenceSession(
             self.swarm.loop,
             self.swarm.config,
-            lambda batch_size, length: self.swarm.session(self.model, batch_size, length),
+            lambda batch_size, length: self.swarm.session(self.model, batch_size, length, standby=standby),
             max_length,
             on_event,
         )

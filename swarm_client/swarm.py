@@ -6,6 +6,7 @@ import itertools
 import secrets
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from swarm_client.config import ClientConfig
@@ -54,11 +55,14 @@ class Swarm:
             loop.close()
             raise
 
-    def session(self, model: ModelKey, batch_size: int, max_length: int) -> SwarmSession:
-        """Return a session that is not yet open; its methods run on `loop`."""
+    def session(
+        self, model: ModelKey, batch_size: int, max_length: int, *, standby: bool | None = None
+    ) -> SwarmSession:
+        """Return a session that is not yet open; its methods run on `loop`. `standby` None is what the config says."""
         watcher = self._watcher(model)
+        config = self.config if standby is None else replace(self.config, standby=standby)
         return SwarmSession(
-            self._transport, watcher, self.config, model, batch_size, max_length, self._prefix_key, self._tapes
+            self._transport, watcher, config, model, batch_size, max_length, self._prefix_key, self._tapes
         )
 
     def watch(self, model: ModelKey) -> None:

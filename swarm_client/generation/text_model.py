@@ -66,14 +66,18 @@ class DistributedTextModel:
         )
         return text
 
-    def open_session(self, max_length: int) -> "DistributedTextSession":
+    def open_session(self, max_length: int, *, standby: bool | None = None) -> "DistributedTextSession":
         """Return an empty session for up to `max_length` tokens; the caches are reserved when it first generates.
+
+        With `standby` a second node follows along at each hop; None is what `ClientConfig.standby` says.
 
         Raises MaxLengthError if the model cannot hold so many.
         """
         if not 1 <= max_length <= self.max_length:
             raise MaxLengthError(0, max_length, self.max_length)
-        return DistributedTextSession(self, self._ends, self._blocks.session(max_length), self._end_tokens)
+        return DistributedTextSession(
+            self, self._ends, self._blocks.session(max_length, standby=standby), self._end_tokens
+        )
 
     def missing_blocks(self) -> Sequence[str]:
         """Return the runs of blocks that no node serves now, as people read them."""

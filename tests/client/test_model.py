@@ -331,7 +331,8 @@ def test_a_session_goes_on_when_a_node_dies_and_another_has_its_blocks(two: Two)
     assert torch.equal(torch.cat([first, rest], 1), local.generate(ids(), max_new_tokens=4, do_sample=False))
 
 
-def test_beams_go_on_when_a_node_dies(two: Two) -> None:
+@pytest.mark.parametrize("standby", [False, True])
+def test_beams_go_on_when_a_node_dies(two: Two, standby: bool) -> None:
     served, model, local = two
     served.add_node(Span(2, 5))
     deaths = [served.nodes[1]]
@@ -342,7 +343,7 @@ def test_beams_go_on_when_a_node_dies(two: Two) -> None:
         return torch.zeros(1, dtype=torch.bool)
 
     options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
-    with model.inference_session(max_length=40) as session:
+    with model.inference_session(max_length=40, standby=standby) as session:
         found = model.generate(ids(), stopping_criteria=StoppingCriteriaList([kill]), **options)
     assert not deaths
     assert torch.equal(found, local.generate(ids(), **options))
