@@ -116,7 +116,11 @@ def main() -> None:
                 for way in WAYS:
                     row = rows.setdefault((length, way), Row())
                     _leave(models[way], prompt, wanted[way], holders[way], after, row)
-                    print(f"{way} {number + 1} at {length} tokens: {1000 * row.bumps[-1]:.0f} ms", flush=True)
+                    print(
+                        f"{way} {number + 1} at {length} tokens: {1000 * row.bumps[-1]:.0f} ms at "
+                        f"{1000 * row.medians[-1]:.0f} ms/token, {row.num_moved} moved, {row.num_equal} equal so far",
+                        flush=True,
+                    )
     print("\n| context, tokens | way | bump, ms, median | smallest–largest | usual, ms/token | moved | same tokens |")
     print("|---|---|---|---|---|---|---|")
     for (length, way), row in rows.items():
