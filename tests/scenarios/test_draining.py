@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server_node.compute.work import AppendWork, StepWork
+from swarm_client.events import SessionEvent
 from swarm_client.handover import CATCH_UP_TOKENS, LISTEN_AFTER_S
 from swarm_protocol.errors import MissingBlocksError
 from swarm_protocol.messages import CopySession, Draining, SessionCopied, SessionOffered
@@ -52,6 +53,8 @@ def leave(s: Scene, span: Span = SECOND) -> tuple[Served, list[Served]]:
 async def test_a_session_moves_while_it_decodes_and_its_prompt_is_not_computed_again() -> None:
     async with scene(HALVES[0], SECOND, SECOND, max_length=200) as s:
         first = await prefilled(s, 60)
+        events: list[SessionEvent] = []
+        s.session.news.listener = events.append
         old, (new,) = leave(s)
         rest = await s.steps(states(70)[:, 60:], first=60)
         assert_close(torch.cat([first, rest], dim=1), local_output(states(70)))
@@ -59,6 +62,7 @@ async def test_a_session_moves_while_it_decodes_and_its_prompt_is_not_computed_a
         await asyncio.sleep(1.0)
         assert s.network.online(old.transport.peer_id) is None or len(old.node.sessions) == 0
         assert new.worker.num_tokens < 15
+        assert [getattr(event, "reason", event.kind) for event in events] == ["node_leaving"]
         assert s.nodes[0].worker.num_tokens == 70
 
 
