@@ -29,10 +29,11 @@ from tests.scenarios.client_scenario import (
     now_s,
     scene,
 )
-from tests.scenarios.test_recovery import SPARES, assert_close, in_use, used_index
+from tests.scenarios.test_recovery import assert_close, in_use, used_index
 from tests.tiny_models import NUM_BLOCKS
 
 SECOND = HALVES[1]
+SPARES = (Span(0, 2), Span(0, 1), Span(1, NUM_BLOCKS), Span(2, 4), Span(3, NUM_BLOCKS), Span(0, NUM_BLOCKS))
 DRAIN_S = 60.0
 
 
@@ -345,7 +346,7 @@ async def test_a_node_that_claims_nonsense_is_passed_over(
 ) -> None:
     async with scene(HALVES[0], SECOND, SECOND, SECOND) as s:
         first = await prefilled(s, 8)
-        asked = s.session._handovers._ask
+        asked = s.session._handovers._twins._ask
         liars: list[str] = []
 
         async def ask(peer_id: Any, request: Any, timeout_s: float) -> Any:
@@ -355,7 +356,7 @@ async def test_a_node_that_claims_nonsense_is_passed_over(
                 return lie(answer)
             return answer
 
-        monkeypatch.setattr(s.session._handovers, "_ask", ask)
+        monkeypatch.setattr(s.session._handovers._twins, "_ask", ask)
         leave(s)
         rest = await s.steps(states(14)[:, 8:], first=8)
         assert_close(torch.cat([first, rest], dim=1), local_output(states(14)))
