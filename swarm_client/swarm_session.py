@@ -292,11 +292,12 @@ class SwarmSession:
             while (index := len(states) - 1) < len(self._route.legs):
                 leg = self._route.legs[index]
                 was_here = leg in flight.sent and flight.sent[leg].is_answered
+                was_lost = leg.failure is not None
                 try:
                     reply, timing = await self._visit(flight, index, states[index])
                 except SwarmError as error:
                     self._route.check_open()
-                    num_wrong += is_wrong_answer(error)
+                    num_wrong += is_wrong_answer(error) and not was_lost
                     if num_wrong == MAX_WRONG_ANSWERS:
                         raise
                     lost = self._lost_leg(error, index, states[index], flight)
