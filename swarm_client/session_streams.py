@@ -171,6 +171,7 @@ class SessionStreams:
         try:
             find_route(await self._watcher.view(), self._model, RouteWish(blocked=away, span=hop.span), secrets.choice)
         except SwarmError:
+            self._watcher.look_soon()  # there may be one that has just come
             self._on_silent(hop)
             return False
         return True

@@ -36,6 +36,9 @@ LOOKUP_S = 20.0
 IDLE_S = 120.0
 """Without a question, until nothing is read any more; the next question is then answered as the first one is."""
 
+LOOK_PAUSE_S = 1.0
+"""Between two looks while a session waits for a node."""
+
 FEW_TOKENS = 4
 """Rows times columns of a step that take hardly longer than one, so that their time says how fast a node is."""
 
@@ -59,6 +62,7 @@ class SwarmWatcher:
         self._rng = random.Random()  # noqa: S311  # which nodes are pinged is no secret
         self._is_read = False
         self._asked_s = 0.0
+        self._read_s = 0.0
         self._reading: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.Task[None] | None = None
@@ -97,6 +101,12 @@ class SwarmWatcher:
         await asyncio.shield(self._reading)
         if not self._is_read:
             raise StepTimeoutError(f"the directory of {self._model.name} took longer than {LOOKUP_S:g} s")
+
+    def look_soon(self) -> None:
+        """Read the directory in the background if that was not done a moment ago: somebody waits for a node."""
+        is_due = self._transport.now_s() - self._read_s >= LOOK_PAUSE_S
+        if is_due and (self._reading is None or self._reading.done()):
+            self._reading = self._start(self._read(), "swarm lookup")
 
     @property
     def avoided(self) -> frozenset[PeerId]:
@@ -144,6 +154,7 @@ class SwarmWatcher:
         logger.debug("nobody asked for %g s: %s is not watched any more", IDLE_S, self._model.name)
 
     async def _read(self) -> None:
+        self._read_s = self._transport.now_s()
         try:
             async with asyncio.timeout(LOOKUP_S):
                 found = await self._transport.directory.lookup(self._keys)

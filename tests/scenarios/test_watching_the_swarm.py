@@ -11,7 +11,7 @@ from swarm_client.routing.costs import RouteWish
 from swarm_client.routing.find_route import Hop, find_route
 from swarm_client.routing.peer_health import PeerHealth
 from swarm_client.routing.swarm_view import SwarmView
-from swarm_client.routing.watcher import IDLE_S, LOOKUP_S, SwarmWatcher
+from swarm_client.routing.watcher import IDLE_S, LOOK_PAUSE_S, LOOKUP_S, SwarmWatcher
 from swarm_protocol.errors import CacheFullError, MissingBlocksError, StepTimeoutError, StreamLostError
 from swarm_protocol.messages import SESSION_PROTOCOL, Pong
 from swarm_protocol.ping import PING_TIMEOUT_S
@@ -111,6 +111,20 @@ async def test_a_node_that_comes_is_seen_within_a_period() -> None:
         second = await s.add()
         assert await s.peers() == {first.peer_id}
         await asyncio.sleep(PERIOD_S + 0.2)
+        assert await s.peers() == {first.peer_id, second.peer_id}
+
+
+@virtual
+async def test_who_waits_for_a_node_makes_the_watcher_look_each_second() -> None:
+    async with swarm() as s:
+        first = await s.add()
+        await s.peers()
+        await asyncio.sleep(LOOK_PAUSE_S)
+        second, num_before = await s.add(), s.num_lookups
+        for _ in range(5):
+            s.watcher.look_soon()
+            await asyncio.sleep(0.15)
+        assert s.num_lookups == num_before + 1
         assert await s.peers() == {first.peer_id, second.peer_id}
 
 
