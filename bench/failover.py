@@ -1,6 +1,7 @@
 """What a reader notices when the node that serves half of the model is killed or frozen in the middle of an answer.
 
     python -m bench.failover [--kills 4] [--contexts 400,2000] [--kinds kill,freeze] [--tokens 12] [--threads 1]
+                             [--standby]
 
 SmolLM2 through two nodes, with a third one that has the second half, too. An answer is generated behind a prompt of so
 many tokens; after a random number of its tokens the node of the second half that is in use gets SIGKILL or SIGSTOP. The
@@ -26,6 +27,9 @@ from swarm_client.generation.text_model import DistributedTextModel, Distributed
 SPAN = "15:30"
 CACHE = ("--cache-tokens", "16384")
 MOST_ID = 40_000
+FOLLOW_S = 4.0
+"""For what is cached to be copied to the node that stands by: an answer as short as these is over before."""
+
 SETTLE_S = 7.0
 """Until the client has read the directory again, so that it knows the new node as it would know any spare one."""
 
@@ -70,6 +74,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="kill,freeze")
     parser.add_argument("--tokens", type=int, default=12, help="of each answer")
     parser.add_argument("--threads", default="1", help="of each node")
+    parser.add_argument("--standby", action="store_true", help="let a second node follow along")
     options = parser.parse_args()
     print(describe_machine(), flush=True)
     path, rng = str(find_model()), random.Random(0)
@@ -78,7 +83,7 @@ def main() -> None:
         first = stack.enter_context(NodeProcess(path, "0:15", (), *node_options)).wait_until_online()
         pair = Pair(path, first, *node_options)
         stack.callback(pair.close)
-        swarm = Swarm.connect(ClientConfig((first.address,), host="127.0.0.1", relay=False))
+        swarm = Swarm.connect(ClientConfig((first.address,), host="127.0.0.1", relay=False, standby=options.standby))
         stack.callback(swarm.close)
         model = open_text_model(path, swarm=swarm)
         rows = []
@@ -88,9 +93,8 @@ def main() -> None:
             for kind in options.kinds.split(","):
                 stalls, num_equal = [], 0
                 for number in range(options.kills):
-                    stall_s, is_equal = _disturbed(
-                        model, prompt, wanted, pair, kind, rng.randrange(1, options.tokens - 3)
-                    )
+                    after, follow_s = rng.randrange(1, options.tokens - 3), FOLLOW_S if options.standby else 0.0
+                    stall_s, is_equal = _disturbed(model, prompt, wanted, pair, kind, after, follow_s)
                     stalls.append(stall_s)
                     num_equal += is_equal
                     print(f"{kind} {number + 1} of {options.kills} at {length} tokens: {stall_s:.2f} s", flush=True)
@@ -102,12 +106,22 @@ def main() -> None:
 
 
 def _disturbed(
-    model: DistributedTextModel, prompt: list[int], wanted: list[int], pair: Pair, kind: str, after: int
+    model: DistributedTextModel,
+    prompt: list[int],
+    wanted: list[int],
+    pair: Pair,
+    kind: str,
+    after: int,
+    follow_s: float,
 ) -> tuple[float, bool]:
-    """Return the stall in seconds, and whether the answer was the undisturbed one."""
+    """Return the stall in seconds, and whether the answer was the undisturbed one.
+
+    The reader pauses for `follow_s` before it happens.
+    """
     ended: list[str] = []
 
     def end(session: DistributedTextSession) -> None:
+        time.sleep(follow_s)
         peer_id = next(line.split()[-1] for line in session.route if line.startswith(SPAN))
         pair.end(peer_id, kind)
         ended.append(peer_id)
@@ -140,7 +154,7 @@ def answer(
         tokens += delta.token_ids
         if event and len(tokens) >= event[0]:
             event[1](session)
-            event = None
+            event, last_s = None, time.perf_counter()
     at_end(session)
     session.close()
     return tokens, times

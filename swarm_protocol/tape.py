@@ -1,6 +1,6 @@
 """What went into one hop of a session, kept so that another node can be given it when the hop's node dies."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -91,21 +91,6 @@ class Tape:
         self._orders = [(min(count, len(self._parts)), order) for count, order in self._orders if self._parts]
         self.is_whole = self.is_whole or not length
 
-    def chunks(self, length: int, width: int) -> Iterator[tuple[int, WireTensor]]:
-        """Yield the first `length` tokens as (position, states), at most `width` tokens at a time."""
-        waiting: list[torch.Tensor] = []
-        position, held = 0, 0
-        for states in self._permuted():
-            for piece in torch.split(states[:, : max(0, length - position - held)], width, dim=1):
-                if held and (held + piece.shape[1] > width or piece.dtype != waiting[0].dtype):
-                    yield position, to_wire(torch.cat(waiting, dim=1))
-                    position, held, waiting = position + held, 0, []
-                if piece.shape[1]:
-                    waiting.append(piece)
-                    held += piece.shape[1]
-        if held:
-            yield position, to_wire(torch.cat(waiting, dim=1))
-
     def part(self, start: int, end: int) -> WireTensor:
         """Return the tokens from `start` to `end`, one or more. Raises TapeLostError if they are not here."""
         if not (self.is_whole and 0 <= start < end <= self.length):
@@ -122,11 +107,6 @@ class Tape:
     def drop(self) -> None:
         """Free the memory; the tape is not used any more."""
         self._empty()
-
-    def _permuted(self) -> Iterator[torch.Tensor]:
-        for part, rows in zip(self._parts, self._row_orders(), strict=True):
-            states = from_wire(part)
-            yield states[list(rows)] if rows else states
 
     def _row_orders(self) -> list[Sequence[int]]:
         """Return for each part which of its rows each row is by now; nothing if they are as they were."""
