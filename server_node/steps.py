@@ -59,8 +59,11 @@ class StepRunner:
             session.want_back(step.step_id)
 
     def on_ring_step(self, session: Session, step: Step) -> None:
-        """Take a step from the node before. One that has come already, from there or the client, is passed over."""
-        if step.step_id > session.state.last_begun:
+        """Take a step from the node before. One that has come already, from there or the client, is passed over.
+
+        So is one that comes before its turn: the one before it was lost on the way, the client brings both.
+        """
+        if session.state.is_next(step.step_id):
             self._begin(session, step)
 
     def on_send_tape(self, session: Session, request: SendTape) -> None:

@@ -156,6 +156,18 @@ async def test_what_the_client_brings_itself_is_not_taken_from_the_node_before_a
 
 
 @virtual
+async def test_a_step_that_comes_too_early_is_left_to_the_client_without_a_word() -> None:
+    async with ring() as r:
+        talk = await r.open(downstream=None)
+        before, _ = await r.join()
+        await before.send(Step(2, 3, to_wire(states(4)[:, 3:])))  # the one before got lost on the way
+        assert await talk.ask(Ping(7)) == Pong(7, last_step_id=0)
+        assert_output(await talk.step(1, 0, states(3)), local_output(states(3)))
+        assert_output(await talk.step(2, 3, states(4)[:, 3:]), local_output(states(4))[:, 3:])
+        await leave(talk, r)
+
+
+@virtual
 async def test_an_output_that_has_gone_on_comes_back_when_the_client_asks_for_it() -> None:
     async with ring() as r:
         talk = await r.open()

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server_node.downstream import Downstream
 from swarm_client.pipeline import LEAST_TOKENS, piece_tokens
 from swarm_protocol.errors import InvalidTensorError
-from swarm_protocol.messages import WireTensor
+from swarm_protocol.messages import Onward, Step, WireTensor
 from swarm_protocol.spans import Span
 from swarm_protocol.tensors import from_wire, to_wire
 from swarm_protocol.transport.memory_net import LinkProfile
@@ -57,6 +58,32 @@ async def test_pieces_are_under_way_at_several_nodes_at_once() -> None:
         assert_close(found, local_output(states(TOKENS)))
         again = await s.session.step(to_wire(states(TOKENS)[:, -1:]), TOKENS - 1)
         assert_close(from_wire(again.outputs[-1]), found[:, -1:])
+
+
+@virtual
+async def test_pieces_that_overtake_one_that_got_lost_between_nodes_cost_no_node() -> None:
+    async with scene(*THIRDS, max_length=TOKENS) as s:
+        for served in s.nodes:
+            s.set_delay(s.client, served.transport, 0.1)
+        s.set_delay(s.nodes[0].transport, s.nodes[1].transport, 0.1)
+        await s.session.open(TOKENS)
+        num_failed = 0
+        push = Downstream.push
+
+        async def fails_once(downstream: Downstream, step: Step, to: Onward) -> bool:
+            nonlocal num_failed
+            if to.peer_id == s.nodes[2].transport.peer_id and not num_failed:
+                num_failed += 1
+                return False
+            return await push(downstream, step, to)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("swarm_client.pipeline.piece_tokens", lambda *_: LEAST_TOKENS)
+            patch.setattr(Downstream, "push", fails_once)
+            found, _ = await run(s, states(TOKENS))
+        assert num_failed == 1
+        assert_close(found, local_output(states(TOKENS)))
+        assert [served.worker.num_tokens for served in s.nodes] == [TOKENS] * 3  # nobody was replaced
 
 
 @virtual
