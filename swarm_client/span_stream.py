@@ -320,12 +320,15 @@ class SpanStream:
             raise sent.error
 
     async def _begin(self, sent: Sent) -> None:
-        if sent.has_begun:
-            return
-        if self._line.stream is None and self._state.state is State.DETACHED:
+        if not sent.has_begun and self._line.stream is None and self._state.state is State.DETACHED:
             await self._resume()
+        if sent.has_begun:  # the resume may have found out
+            return
         if not self._planned or self._planned[0] is not sent:
             raise StepOrderError(f"step {sent.step_id} is not the next one")
+        self._start(sent)
+
+    def _start(self, sent: Sent) -> None:
         self._state.begin_step(sent.step_id, sent.position, sent.shape[1])
         self._planned.popleft()
         sent.has_begun = True
@@ -396,7 +399,7 @@ class SpanStream:
             try:
                 if not isinstance(reply, SessionResumed):
                     raise UnexpectedMessageError(f"{type(reply).__name__} came, SessionResumed was expected")
-                lacking = self._state.steps_to_resend(reply.last_step_id)
+                lacking = self._resumed(reply.last_step_id)
             except ProtocolError:
                 await self._line.drop()
                 raise
@@ -406,6 +409,14 @@ class SpanStream:
                 sent.sent_on = self._line.stream
             return
         raise StreamLostError(f"the stream to {short_peer(self.hop.peer_id)} was lost: {last_error}")
+
+    def _resumed(self, last_begun: int) -> range:
+        """Begin the planned steps that others have brought up to `last_begun`; return the steps to send again."""
+        brought = [sent for sent in self._planned if sent.may_go_on and sent.step_id <= last_begun]
+        lacking = self._state.steps_to_resend(last_begun - len(brought))
+        for sent in brought:
+            self._start(sent)
+        return lacking
 
     @property
     def _where(self) -> str:

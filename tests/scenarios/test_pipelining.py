@@ -87,6 +87,24 @@ async def test_pieces_that_overtake_one_that_got_lost_between_nodes_cost_no_node
 
 
 @virtual
+async def test_a_drop_while_nodes_are_ahead_of_what_the_client_knows_costs_no_node() -> None:
+    async with scene(*HALVES, max_length=TOKENS) as s:
+        first, last = s.nodes
+        s.set_delay(s.client, first.transport, 0.01)
+        s.set_delay(s.client, last.transport, 0.2)
+        await s.session.open(TOKENS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("swarm_client.pipeline.piece_tokens", lambda *_: LEAST_TOKENS)
+            running = asyncio.create_task(run(s, states(TOKENS)))
+            await asyncio.sleep(0.15)
+            assert last.worker.num_steps > 1  # whose replies are on their way
+            s.network.break_streams(s.client.peer_id, last.transport.peer_id)
+            found, _ = await running
+        assert_close(found, local_output(states(TOKENS)))
+        assert [served.worker.num_tokens for served in s.nodes] == [TOKENS] * 2  # nobody was replaced
+
+
+@virtual
 async def test_what_the_caller_did_wrong_is_its_error_and_the_session_goes_on() -> None:
     async with scene(*HALVES, max_length=TOKENS) as s:
         await s.session.open(TOKENS)
