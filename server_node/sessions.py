@@ -100,9 +100,11 @@ class Session:
             return
         if step.row_order is not None:
             self.tape.reorder(step.row_order)
+        if self.prompt is not None:
+            self.prompt.writes(self.tape, step.position)
         self.tape.write(step.position, WireTensor(output.dtype, output.shape, bytes(output.data)))
         if self.prompt is not None:
-            self.prompt.keep(self.tape, step.position)
+            self.prompt.keep(self.tape)
 
     def takes_from(self, upstream: str) -> None:
         """From now on, let only this peer bring steps, besides the one whose session it is."""

@@ -132,12 +132,13 @@ class SessionRoute:
         """A step of `states` is about to go into the first hop."""
         if row_order is not None:
             self.tape.reorder(row_order)
+        self._prompt.writes(self.tape, position)
         self.tape.write(position, states)
         self._last_states = states
 
-    def came_back(self, position: int) -> None:
-        """The step that began at `position` is done."""
-        self._prompt.keep(self.tape, position)
+    def came_back(self) -> None:
+        """A step is done."""
+        self._prompt.keep(self.tape)
 
     async def close(self) -> None:
         """End all legs. Idempotent."""

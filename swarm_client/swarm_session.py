@@ -203,7 +203,7 @@ class SwarmSession:
             raise StreamLostError("a piece before this one did not come back")
         self._flights.popleft()
         self.news.advanced()
-        self._route.came_back(flight.position)
+        self._route.came_back()
         return result
 
     async def _settle(self) -> None:

@@ -22,13 +22,16 @@ class PromptPages:
         self._num_kept = len(found)
         return self._num_kept * PAGE_TOKENS
 
-    def keep(self, tape: Tape, position: int) -> None:
-        """Keep the pages that are complete, as the nodes do; the last step began at `position`.
+    def writes(self, tape: Tape, position: int) -> None:
+        """A step at `position` is about to be written to the tape.
 
-        Behind a roll-back other tokens may come than those that were named, so nothing more is kept then.
+        If it rolls back, other tokens may come than those that the pages behind were named for.
         """
-        if position < self._num_kept * PAGE_TOKENS:
-            self._page_hashes = ()
+        if position < tape.length:
+            self._page_hashes = self._page_hashes[: position // PAGE_TOKENS]
+
+    def keep(self, tape: Tape) -> None:
+        """Keep the pages that are complete, as the nodes do."""
         while tape.is_whole and self._num_kept < min(len(self._page_hashes), tape.length // PAGE_TOKENS):
             start = self._num_kept * PAGE_TOKENS
             self._prefixes.keep(self._page_hashes[self._num_kept], tape.part(start, start + PAGE_TOKENS))

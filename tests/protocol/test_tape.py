@@ -79,8 +79,9 @@ def test_what_one_session_leaves_is_what_the_next_begins_with() -> None:
     assert prompt.begin(tape, 0) == 0
     whole = torch.cat([*pages(3), torch.zeros(1, 5, HIDDEN)], dim=1)
     for first, last in ((0, 100), (100, 150)):
+        prompt.writes(tape, first)
         tape.write(first, to_wire(whole[:, first:last]))
-        prompt.keep(tape, first)
+        prompt.keep(tape)
     later, used_bytes = Tape(budget), budget.used_bytes
     found = PromptPages(budget.prefixes, hashes).begin(later, 3 * PAGE_TOKENS)
     assert found == 2 * PAGE_TOKENS  # the third was not complete
@@ -93,14 +94,16 @@ def test_what_one_session_leaves_is_what_the_next_begins_with() -> None:
     assert PromptPages(budget.prefixes, hashes).begin(Tape(budget), PAGE_TOKENS) == PAGE_TOKENS
 
 
-def test_nothing_is_kept_behind_a_roll_back() -> None:
-    budget = TapeBudget(1 << 20)
-    tape, prompt = Tape(budget), PromptPages(budget.prefixes, (b"a", b"b"))
-    tape.write(0, to_wire(pages(2)[0]))
-    prompt.keep(tape, 0)
-    tape.write(10, to_wire(torch.cat(pages(2), dim=1)))
-    prompt.keep(tape, 10)
-    assert len(budget.prefixes.find((b"a", b"b"))) == 1
+@pytest.mark.parametrize(("first", "again", "kept"), [(64, 10, 1), (100, 70, 1), (40, 20, 0), (100, 100, 2)])
+def test_no_page_is_kept_that_a_roll_back_reached_into(first: int, again: int, kept: int) -> None:
+    budget, hashes = TapeBudget(1 << 20), (b"a", b"b")
+    tape, prompt = Tape(budget), PromptPages(budget.prefixes, hashes)
+    whole = torch.cat(pages(2), dim=1)
+    for position, states in ((0, whole[:, :first]), (again, whole[:, : 128 - again])):
+        prompt.writes(tape, position)
+        tape.write(position, to_wire(states))
+        prompt.keep(tape)
+    assert len(budget.prefixes.find(hashes)) == kept
 
 
 def test_a_share_counts_for_the_whole_and_ends_with_either() -> None:
