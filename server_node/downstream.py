@@ -17,7 +17,7 @@ from swarm_protocol.messages import (
     Step,
 )
 from swarm_protocol.transport.base import FrameStream, Transport
-from swarm_protocol.wire import MessageAssembler, encode
+from swarm_protocol.wire import MessageAssembler, WireLimits, encode
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Downstream:
 
 
 async def _receive(stream: FrameStream) -> Message:
-    assembler = MessageAssembler()
+    assembler = MessageAssembler(WireLimits(max_payload_bytes=0))
     while True:
         message = assembler.feed(await stream.receive())
         if message is not None:

@@ -61,6 +61,10 @@ that it is too large."""
 _MAX_GREETINGS = 32
 """Messages on a stream before its session is there; a probe sends a few pings, a client one opening."""
 
+_MAX_USELESS = 8
+"""Steps in a row that another node brings and that do not run: they cost the client whose session it is. A few come
+when the client has brought them itself."""
+
 _FLUSH_S = 5.0
 """For peers to take the last answers when the node leaves; what they do not take, they have to do without."""
 
@@ -254,12 +258,15 @@ class NodeHandlers:
             link.charge(session.plan.peer_id)
             link.allow_payload(self._admission.payload_bytes(session.plan))
             link.post(RingJoined())
+            num_useless = 0
             while session.upstream_link is link and not session.is_closed:
+                if num_useless > _MAX_USELESS:
+                    raise LimitExceededError(f"{num_useless} steps came that have no place in the session")
                 message = await link.receive(None)
                 if not isinstance(message, Step):
                     raise UnexpectedMessageError(f"{type(message).__name__} has no place on a ring")
                 if session.upstream_link is link:
-                    self._steps.on_ring_step(session, message)
+                    num_useless = 0 if self._steps.on_ring_step(session, message) else num_useless + 1
         finally:
             if session.upstream_link is link:
                 session.upstream_link = None

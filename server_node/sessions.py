@@ -4,7 +4,7 @@ A session is added when it is admitted, opened when its cache is allocated, and 
 its last step has left the device. It ends by
 
     - a close of its peer, or a broken rule of the wire on its stream;
-    - `resume_grace_s` after its stream dropped, if nobody resumed it;
+    - `resume_grace_s` after its stream dropped, if nobody resumed it; at once if it was never used;
     - `idle_s` without a step (the reader of its stream watches that);
     - the end of the node.
 
@@ -57,6 +57,8 @@ class Session:
         self.prompt: PromptPages | None = None
         self.upstream = plan.upstream
         self.upstream_link: Link | None = None
+        self.filling: asyncio.Future[int] | None = None
+        self.has_been_filled = False
         self.turn = asyncio.Lock()
         self.sending = asyncio.Lock()
         self._wanted_back: set[int] = set()
@@ -77,6 +79,11 @@ class Session:
     @property
     def is_closed(self) -> bool:
         return self.state.state is State.CLOSED
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing was ever computed or copied into it."""
+        return not self.state.last_begun and not self.has_been_filled
 
     @property
     def cache(self) -> KVCache:
@@ -154,7 +161,9 @@ class Session:
         return begun
 
     def leave_ring(self) -> None:
-        """End the streams from and to other nodes."""
+        """End the streams from and to other nodes, and what they fill the cache with."""
+        if self.filling is not None:
+            self.filling.cancel()
         self.downstream.close()
         self.leave_upstream()
 
@@ -270,6 +279,9 @@ class SessionTable:
     def detach(self, session: Session, link: Link) -> None:
         """The stream `link` ended: unless the session moved on or is closed, it waits to be resumed."""
         if session.link is not link or session.is_closed:
+            return
+        if session.is_untouched:  # whoever gave up opening it does not come back, and who does may open another one
+            self.close(session)
             return
         session.link = None
         session.state.dropped()

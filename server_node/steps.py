@@ -58,13 +58,14 @@ class StepRunner:
         elif begun is Begun.RUNNING:
             session.want_back(step.step_id)
 
-    def on_ring_step(self, session: Session, step: Step) -> None:
+    def on_ring_step(self, session: Session, step: Step) -> bool:
         """Take a step from the node before. One that has come already, from there or the client, is passed over.
 
-        So is one that comes before its turn: the one before it was lost on the way, the client brings both.
+        So is one that comes before its turn: the one before it was lost on the way, the client brings both. Returns
+        whether it runs.
         """
-        if session.state.is_next(step.step_id):
-            self._begin(session, step)
+        is_next = session.state.is_next(step.step_id)
+        return is_next and self._begin(session, step, is_told=False) is Begun.NEW
 
     def on_send_tape(self, session: Session, request: SendTape) -> None:
         """Send on again what was sent on before."""
@@ -75,8 +76,8 @@ class StepRunner:
             return
         self._start(session, self._send_tape(session, request))
 
-    def _begin(self, session: Session, step: Step) -> Begun | None:
-        """Run a step if it is new. None if it was refused; its client has been told."""
+    def _begin(self, session: Session, step: Step, *, is_told: bool = True) -> Begun | None:
+        """Run a step if it is new. None if it was refused, and then its client is told, or finds out by itself."""
         problem = self._admission.step_problem(step, session.plan) or self._refused_extension(session, step)
         num_tokens = 0 if problem else step.hidden_states.shape[1]
         try:
@@ -84,7 +85,8 @@ class StepRunner:
         except SwarmError as error:
             # Nothing has changed, so a peer that knows better can go on.
             logger.debug("step refused: %s: %s %s", error.code, error, session)
-            _post(session, error_reply(error, step.step_id))
+            if is_told:
+                _post(session, error_reply(error, step.step_id))
             return None
         if begun is not Begun.NEW:
             return begun
@@ -106,7 +108,7 @@ class StepRunner:
 
     def _refused_extension(self, session: Session, step: Step) -> SwarmError | None:
         """Extend a session as a new step wishes; return why that cannot be."""
-        if step.max_tokens is None or not session.state.is_next(step.step_id):
+        if step.max_tokens is None or not session.state.is_next(step.step_id, step.position):
             return None
         try:
             self._sessions.extend(session, step.max_tokens)
@@ -201,7 +203,7 @@ class StepRunner:
             if request.onward:
                 step = Step(1, request.start, states, onward=request.onward, wants_output=False)
                 async with session.sending:
-                    is_sent = await _pushed(session, step, states)
+                    is_sent = not session.is_closed and await _pushed(session, step, states)
                 states = _empty_like(states) if is_sent else states
             answer = TapeSent(request.request_id, states)
         except SwarmError as error:

@@ -172,14 +172,21 @@ class Transfers:
         if source == self._transport.peer_id:
             raise InvalidRequestError("a session cannot be copied to the node that it is at")
         self._filling.add(session)
+        session.has_been_filled = True
         try:
             with self._sessions.held(session):
-                position = await self._fetch(session, source, request)
+                session.filling = asyncio.ensure_future(self._fetch(session, source, request))
+                position = await session.filling
+        except asyncio.CancelledError:
+            if not session.is_closed:
+                raise
+            raise SessionNotFoundError("the session was closed while it was filled") from None
         except SwarmError as error:
             self._admission.rates.message(peer_id, _now_s(), BROKEN_STREAM)
             logger.info("session not copied from %s: %s: %s %s", short_peer(source), error.code, error, session)
             raise
         finally:
+            session.filling = None
             self._filling.discard(session)
         session.state.filled(position)
         session.active_s = _now_s()

@@ -16,7 +16,6 @@ from swarm_client.reservation import tokens_to_reserve
 from swarm_client.routing.find_route import Hop, ModelKey
 from swarm_client.sent import Sent
 from swarm_protocol.errors import (
-    CacheFullError,
     InvalidTensorError,
     PeerUnreachableError,
     ProtocolError,
@@ -173,11 +172,7 @@ class SpanStream:
 
         If it had arrived, its output comes back, whether it had gone on or not. Raises SwarmError.
         """
-        try:
-            await self._begin(sent)
-        except BaseException:
-            self.forget(sent)
-            raise
+        await self._begin(sent)
         is_there = sent.message is not None and sent.sent_on is not None and sent.sent_on is self._line.stream
         if is_there and sent.message is not None and not sent.message.onward and sent.message.wants_output:
             return  # its output is on its way
@@ -210,31 +205,6 @@ class SpanStream:
             return sent.reply.hidden_states
         again = Sent(sent.step_id, sent.position, sent.shape, sent.dtype, None, None, has_begun=True)
         return await self._answer_to(Step(sent.step_id, sent.position, _nothing(sent)), again)
-
-    async def step(
-        self,
-        hidden_states: WireTensor,
-        position: int,
-        row_order: tuple[int, ...] | None = None,
-        *,
-        upstream: PeerId | None = None,
-    ) -> StepReply:
-        """Return the node's reply to a step that comes and goes through the client. Raises as `reply` does.
-
-        Where the node has no room for the reservation that is wished for, what is needed is asked for.
-        """
-        sent = self.plan(hidden_states.shape, hidden_states.dtype, position, row_order)
-        try:
-            await self.send(sent, hidden_states, upstream=upstream)
-            return await self.reply(sent)
-        except CacheFullError:
-            needed = position + hidden_states.shape[1]
-            if sent.max_tokens is None or sent.max_tokens <= needed:
-                raise
-        sent = self.plan(hidden_states.shape, hidden_states.dtype, position, row_order)
-        sent.max_tokens = needed
-        await self.send(sent, hidden_states, upstream=upstream)
-        return await self.reply(sent)
 
     async def send_tape(
         self, start: int, end: int, shape: tuple[int, ...], dtype: str, onward: tuple[Onward, ...] = ()

@@ -113,7 +113,8 @@ class SwarmSession:
 
         `every_span` asks for the states after each of them. Cancelling loses nothing: the next step may go on at any
         position that was cached before. Blocks whose node fails are given to others; where there are none, they are
-        waited for, `ClientConfig.max_wait_s` long. Raises SwarmError.
+        waited for, `ClientConfig.max_wait_s` long. Raises SwarmError; which nodes have permuted their rows is not known
+        after that.
         """
         async with self._stepping(position, row_order):
             flight = self._take_off(hidden_states, position, row_order)
@@ -320,7 +321,8 @@ class SwarmSession:
     def _distrust(self, flight: Flight, index: int) -> None:
         """A node before answered wrongly, and may have sent it on: what the legs from `index` on hold is given up."""
         for leg in self._route.legs[index:]:
-            if leg in flight.sent and leg.failure is None:
+            sent = flight.sent.get(leg)
+            if sent is not None and sent.may_go_on and leg.failure is None:
                 leg.failure = SessionNotFoundError("it may have been given wrong states")
 
     async def _visit(self, flight: Flight, index: int, states: WireTensor) -> tuple[WireTensor, HopTiming]:
@@ -331,21 +333,27 @@ class SwarmSession:
         clock = asyncio.get_running_loop().time
         started_s = clock()
         sent, upstream = flight.sent.get(leg), self._route.upstream(leg)
-        if sent is not None and not sent.is_answered:
-            try:
-                await leg.stream.send(sent, states, upstream=upstream)
-                await leg.stream.reply(sent)
-            except CacheFullError:
-                if sent.max_tokens is None or sent.max_tokens <= flight.position + states.shape[1]:
-                    raise
-        if sent is not None and sent.reply is not None:
-            reply, output = sent.reply, await leg.stream.output(sent)
-        elif sent is not None and sent.error is not None and (sent.row_order or not leg.stream.is_settled):
-            raise sent.error
-        else:
+        if sent is not None and sent.error is not None:
+            if sent.row_order or not leg.stream.is_settled:
+                raise sent.error
+            sent = None
+        if sent is None:
             order = leg.order_for(flight.number, flight.row_order)
-            reply = await leg.stream.step(states, flight.position, order, upstream=upstream)
-            output = reply.hidden_states
+            sent = flight.sent[leg] = leg.stream.plan(states.shape, states.dtype, flight.position, order)
+        try:
+            if not sent.is_answered:
+                await leg.stream.send(sent, states, upstream=upstream)
+            reply = await leg.stream.reply(sent)
+        except CacheFullError:
+            needed = flight.position + states.shape[1]
+            if sent.max_tokens is None or sent.max_tokens <= needed or not leg.stream.is_settled:
+                raise
+            # There is no room for the reservation that was wished for; what is needed may fit.
+            sent = flight.sent[leg] = leg.stream.plan(states.shape, states.dtype, flight.position, sent.row_order)
+            sent.max_tokens = needed
+            await leg.stream.send(sent, states, upstream=upstream)
+            reply = await leg.stream.reply(sent)
+        output = await leg.stream.output(sent)
         leg.upstream = upstream
         if leg is self._route.legs[-1]:
             check_finite(from_wire(output))

@@ -9,7 +9,7 @@ States
 
     OPENING    asked for; no step may begin
     OPEN       steps begin and finish
-    DETACHED   the stream dropped; what was begun may still finish, nothing new begins; waits to be resumed
+    DETACHED   the client's stream dropped; steps that another node brings begin and finish; waits to be resumed
     CLOSED     over; the cache is free
 
 Rules
@@ -71,6 +71,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         Event.CLOSED: State.CLOSED,
     },
     State.DETACHED: {
+        Event.BEGIN_STEP: State.DETACHED,
         Event.FINISH_STEP: State.DETACHED,
         Event.DROPPED: State.DETACHED,
         Event.RESUMED: State.OPEN,
@@ -129,9 +130,9 @@ class SessionState:
         """From now on `max_length` tokens may be cached, if those are more than before."""
         self.max_length = max(self.max_length, max_length)
 
-    def is_next(self, step_id: int) -> bool:
-        """Whether a step with this id would be new and in order."""
-        return step_id == self.last_begun + 1
+    def is_next(self, step_id: int, position: int = 0) -> bool:
+        """Whether a step with this id would be new and in order, and leave no hole."""
+        return step_id == self.last_begun + 1 and position <= self.position
 
     def begin_step(self, step_id: int, position: int, num_tokens: int) -> Begun:
         """Begin a step of `num_tokens` tokens per row at `position`, or find that it was begun before (rules 2 and 3).

@@ -96,13 +96,14 @@ async def test_a_session_that_goes_on_for_too_long_is_refused_its_steps():
 async def test_who_resumes_at_a_draining_node_is_told_so():
     async with serving_node() as node:
         peer = node.network.transport()
-        _, opened = await node.open(peer)
+        first, opened = await node.open(peer)
+        await first.step(1, 0, states(2))
         node.network.break_streams(peer.peer_id, node.transport.peer_id)
         await settle()
         node.stop.set()
         await asyncio.sleep(2.0)
         talk = await node.dial(peer)
-        assert isinstance(await talk.ask(resume(opened, 0)), SessionResumed)
+        assert isinstance(await talk.ask(resume(opened, 1)), SessionResumed)
         notice = await talk.receive()
         assert isinstance(notice, Draining)
         assert 57 < notice.leave_s <= 58

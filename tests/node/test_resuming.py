@@ -145,12 +145,24 @@ async def test_each_drop_has_a_grace_of_its_own():
     async with serving_node(resume_grace_s=60.0) as node:
         peer = node.network.transport()
         talk, opened = await node.open(peer)
+        await talk.step(1, 0, states(1))
         for _ in range(3):
             await talk.stream.close()
             await asyncio.sleep(50)
             talk = await node.dial(peer)
-            await talk.ask(resume(opened, 0))
-        assert_output(await talk.step(1, 0, states(2)), local_output(states(2)))
+            await talk.ask(resume(opened, 1))
+        assert_output(await talk.step(2, 0, states(2)), local_output(states(2)))
+
+
+@virtual
+async def test_a_session_that_was_never_used_ends_with_its_stream():
+    async with serving_node() as node:
+        peer = node.network.transport()
+        talk, opened = await node.open(peer)
+        await talk.stream.close()
+        await node.assert_clean()
+        talk = await node.dial(peer)
+        assert_error(await talk.ask(resume(opened, 0)), "session_not_found")
 
 
 @virtual
