@@ -4,11 +4,12 @@ import logging
 from collections.abc import Callable, Sequence
 
 from swarm_client.leg import Leg, direct_segments
-from swarm_client.sent import NotBroughtError
-from swarm_protocol.errors import SwarmError
+from swarm_client.sent import NotBroughtError, Sent
+from swarm_protocol.errors import InvalidTensorError, SwarmError
 from swarm_protocol.ids import short_peer
 from swarm_protocol.messages import Onward, WireTensor
 from swarm_protocol.tape import Tape
+from swarm_protocol.tensors import check_finite, from_wire
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +86,33 @@ class Replay:
                         self._on_failed_link(before, leg)
                     raise
                 except SwarmError as error:
-                    self._on_failed_leg(leg, error)
+                    if not (isinstance(error, InvalidTensorError) and await self._is_fault_before(index, sent, error)):
+                        self._on_failed_leg(leg, error)
                     raise
             states = None if is_last else await self._legs[segment[-1]].stream.output(sent[segment[-1]])
+
+    async def _is_fault_before(self, index: int, sent: Sequence[Sent], error: SwarmError) -> bool:
+        """Whether a leg refused what the one before it had made, which is not finite; that one is blamed then.
+
+        Raises SourceLostError if it is the source.
+        """
+        one = sent[index]
+        if index:
+            before = self._legs[index - 1]
+            states = await before.stream.output(sent[index - 1])
+        elif self._source is not None:
+            end = one.position + one.shape[1]
+            states = await self._source.stream.send_tape(one.position, end, one.shape, one.dtype)
+        else:
+            return False
+        try:
+            check_finite(from_wire(states))
+        except InvalidTensorError:
+            if not index:
+                raise SourceLostError(error) from error
+            self._on_failed_leg(before, error)
+            return True
+        return False
 
     async def _from_source(
         self, source: Leg, start: int, end: int, shape: tuple[int, ...], dtype: str, onward: tuple[Onward, ...]
