@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.demo import find_model
-from bench.failover import CACHE, MOST_ID, SETTLE_S, SPAN, answer
+from bench.answers import CACHE, MOST_ID, SETTLE_S, answer
+from bench.failover import SPAN
 from bench.machine import describe_machine
 from bench.node_processes import NodeProcess
 from swarm_client import ClientConfig, Swarm, open_text_model

@@ -2,11 +2,16 @@
 
     python -m bench.failover [--kills 4] [--contexts 400,2000] [--kinds kill,freeze] [--tokens 12] [--threads 1]
                              [--standby]
+    python -m bench.failover --every-position [--step 1] [--tokens 64] [--model smollm2]
+    python -m bench.failover --chaos MINUTES [--kill-every 2] [--spare] [--tokens 64]
 
 SmolLM2 through two nodes, with a third one that has the second half, too. An answer is generated behind a prompt of so
 many tokens; after a random number of its tokens the node of the second half that is in use gets SIGKILL or SIGSTOP. The
 stall is the longest time between two tokens less the median one. The tokens are compared with those of an answer that
 nothing happened to. Then another node is started in its place, and the client gets the time to hear of it.
+
+With `--every-position` a node is killed in front of each token of an answer but the first (bench/every_position.py),
+with `--chaos` a random one of a pool is, again and again, while others join (bench/chaos.py).
 """
 
 import argparse
@@ -16,22 +21,18 @@ import random
 import signal
 import statistics
 import time
-from collections.abc import Callable
 
 from app.demo import find_model
+from bench import chaos, every_position
+from bench.answers import CACHE, MOST_ID, SETTLE_S, answer
 from bench.machine import describe_machine
 from bench.node_processes import NodeProcess
-from swarm_client import ClientConfig, SamplingParams, Swarm, open_text_model
+from swarm_client import ClientConfig, Swarm, open_text_model
 from swarm_client.generation.text_model import DistributedTextModel, DistributedTextSession
 
 SPAN = "15:30"
-CACHE = ("--cache-tokens", "16384")
-MOST_ID = 40_000
 FOLLOW_S = 4.0
 """For what is cached to be copied to the node that stands by: an answer as short as these is over before."""
-
-SETTLE_S = 7.0
-"""Until the client has read the directory again, so that it knows the new node as it would know any spare one."""
 
 
 class Pair:
@@ -72,11 +73,27 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=4, help="of each kind and length")
     parser.add_argument("--contexts", default="400,2000")
     parser.add_argument("--kinds", default="kill,freeze")
-    parser.add_argument("--tokens", type=int, default=12, help="of each answer")
+    parser.add_argument("--tokens", type=int, help="of each answer; 12, or 64 in the other modes")
     parser.add_argument("--threads", default="1", help="of each node")
     parser.add_argument("--standby", action="store_true", help="let a second node follow along")
+    parser.add_argument("--every-position", action="store_true", help="kill in front of each token")
+    parser.add_argument("--step", type=int, default=1, help="with --every-position: of which only every so many")
+    parser.add_argument("--model", default="smollm2", choices=sorted(every_position.CUTS))
+    parser.add_argument("--chaos", type=float, metavar="MINUTES", help="kill nodes of a pool for so long")
+    parser.add_argument("--kill-every", type=float, default=2.0, metavar="SECONDS")
+    parser.add_argument("--spare", action="store_true", help="with --chaos: let one node of each span live")
     options = parser.parse_args()
     print(describe_machine(), flush=True)
+    if options.every_position:
+        every_position.measure(options.model, options.tokens or 64, options.step)
+    elif options.chaos:
+        chaos.measure(60 * options.chaos, options.kill_every, options.spare, options.tokens or 64)
+    else:
+        options.tokens = options.tokens or 12
+        _measure(options)
+
+
+def _measure(options: argparse.Namespace) -> None:
     path, rng = str(find_model()), random.Random(0)
     node_options = (*CACHE, "--threads", options.threads)
     with contextlib.ExitStack() as stack:
@@ -130,34 +147,6 @@ def _disturbed(
     pair.replace(ended[0])
     time.sleep(SETTLE_S)
     return max(times) - statistics.median(times), found == wanted
-
-
-def answer(
-    model: DistributedTextModel,
-    prompt: list[int],
-    num_tokens: int,
-    event: tuple[int, Callable[[DistributedTextSession], None]] | None,
-    at_end: Callable[[DistributedTextSession], None] = lambda _: None,
-) -> tuple[list[int], list[float]]:
-    """Return the tokens of an answer and the seconds between them; `event` is what to do after so many tokens."""
-    session = model.open_session(len(prompt) + num_tokens)
-    session.replace_tail(0, prompt)
-    tokens: list[int] = []
-    times: list[float] = []
-    last_s: float | None = None
-    for delta in session.generate(SamplingParams(num_tokens, stop_at_eos=False)):
-        now_s = time.perf_counter()
-        if last_s is not None and delta.token_ids:
-            times += [(now_s - last_s) / len(delta.token_ids)] * len(delta.token_ids)
-        if delta.token_ids:
-            last_s = now_s
-        tokens += delta.token_ids
-        if event and len(tokens) >= event[0]:
-            event[1](session)
-            event, last_s = None, time.perf_counter()
-    at_end(session)
-    session.close()
-    return tokens, times
 
 
 if __name__ == "__main__":
