@@ -8,10 +8,10 @@ from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 from app.api_errors import error_response
-from app.chat_protocol import OneShot, parse_fields
 from app.errors import OriginError, SiteDrainingError
 from app.legacy_generation import legacy_replies
 from app.limits import session_length
+from app.request_models import OneShot, parse_fields
 from app.security import request_is_own
 from app.site import Site
 from swarm_protocol.errors import InvalidRequestError

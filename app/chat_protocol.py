@@ -7,146 +7,24 @@ A socket speaks the protocol that its first frame opens, and keeps to it:
                  route_changed, waiting, recovered as it happens
 
 Frames may be sent ahead of the answers. In protocol 2 a generate waits for the one before it; in protocol 3 it is
-refused as `busy` while another runs. Unknown fields are ignored, so that later versions may add some.
+refused as `busy` while another runs.
 """
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
-
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from typing import Any, Literal
 
 from app.errors import ErrorReport
+from app.request_models import Cancel, Fields, Generate, LegacyGenerate, LegacyOpen, Open, Ping, parse_fields
 from swarm_client.events import Recovered, RouteChanged, SessionEvent, Waiting
-from swarm_client.generation.text_session import ChatMessage, FinishReason
+from swarm_client.generation.text_session import FinishReason
 from swarm_protocol.errors import InvalidRequestError, MalformedFrameError
 
 ProtocolVersion = Literal[2, 3]
 
-MAX_STOPS, MAX_STOP_CHARS = 16, 256  # the predecessor's clients send up to 6 stops; longer ones are prompts by mistake
-MAX_MESSAGES = 1000  # far above what fits in any context
-MAX_TOKENS = 2**31 - 1
-
-
-def _none_as_default(default: object) -> BeforeValidator:
-    return BeforeValidator(lambda value: default if value is None else value)
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-def _whole_characters(text: str) -> str:
-    """Replace halves of characters, which JSON can carry and no tokenizer takes."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _empty_as_none(value: object) -> object:
-    return None if value == "" else value  # every text ends with the empty one: the predecessor sent one reply
-
-
-Text = Annotated[str, AfterValidator(_whole_characters)]
-Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list), _none_as_default(())]
-TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None
-RequestId = Annotated[str, Field(max_length=64)]
-
-
-class _Fields(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
-
-
-FieldsT = TypeVar("FieldsT", bound=_Fields)
-
-
-class Sampling(_Fields):
-    """How tokens are chosen; None everywhere means the default of the one who applies it."""
-
-    temperature: Annotated[float, Field(ge=0, le=10)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
-
-
-class LegacyGenerate(Sampling):
-    """Protocol 2 `generate`."""
-
-    inputs: Text | None = None
-    max_new_tokens: TokenCount = None
-    max_length: TokenCount = None
-    do_sample: Annotated[bool, _none_as_default(False)] = False
-    stop_sequence: Annotated[Stop | None, BeforeValidator(_empty_as_none)] = None
-    extra_stop_sequences: Stops = Field(default_factory=list)
-
-
-class OneShot(LegacyGenerate):
-    """The fields of `POST /api/v1/generate`; with `times` the answer says where its time went."""
-
-    times: Annotated[bool, _none_as_default(False)] = False
-
-
-class LegacyOpen(_Fields):
-    """Protocol 2 `open_inference_session`; `model` None means the site's first model."""
-
-    model: str | None = None
-    max_length: TokenCount = None
-
-
-class Open(_Fields):
-    """Protocol 3 `open`."""
-
-    model: str | None = None
-    max_length: TokenCount = None
-
-
-class Message(_Fields):
-    """One message of a conversation."""
-
-    role: Literal["system", "user", "assistant"]
-    content: Text
-
-
-class Params(Sampling):
-    """The `params` of a protocol 3 `generate`."""
-
-    max_new_tokens: TokenCount = Field(default=None, validation_alias=AliasChoices("max_new_tokens", "max_tokens"))
-    do_sample: bool | None = None
-
-
-class Generate(_Fields):
-    """Protocol 3 `generate`: the whole conversation, of which the session computes only what is new.
-
-    With `times` the `done` says where the time went.
-    """
-
-    id: RequestId
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    params: Annotated[Params, _none_as_default({})] = Params()
-    stop: Stops = Field(default_factory=list)
-    times: Annotated[bool, _none_as_default(False)] = False
-
-    def chat_messages(self) -> tuple[ChatMessage, ...]:
-        """Return the conversation in the client library's terms."""
-        return tuple(ChatMessage(message.role, message.content) for message in self.messages)
-
-
-class Cancel(_Fields):
-    """Protocol 3 `cancel`: end the generation `id`, or whichever runs; the session stays."""
-
-    id: RequestId | None = None
-
-
-class Ping(_Fields):
-    """Protocol 3 `ping`, for proxies that count only frames of an application."""
-
-    id: RequestId | None = None
-
-
 Command = LegacyOpen | LegacyGenerate | Open | Generate | Cancel | Ping
 
-_COMMANDS: dict[tuple[ProtocolVersion | None, str], type[_Fields]] = {
+_COMMANDS: dict[tuple[ProtocolVersion | None, str], type[Fields]] = {
     (None, "open_inference_session"): LegacyOpen,
     (None, "open"): Open,
     (2, "generate"): LegacyGenerate,
@@ -168,22 +46,6 @@ def decode_object(frame: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MalformedFrameError(f"a JSON object is expected, not {type(value).__name__}")
     return value
-
-
-def parse_fields(kind: type[FieldsT], values: Any) -> FieldsT:
-    """Return `values` checked against `kind`. Raises InvalidRequestError naming the first wrong field."""
-    try:
-        return kind.model_validate(values)
-    except (ValidationError, RecursionError) as error:
-        raise InvalidRequestError(_first_problem(error)) from None
-
-
-def _first_problem(error: ValidationError | RecursionError) -> str:
-    if not isinstance(error, ValidationError):
-        return "the request is nested too deeply"
-    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])[:100]
-    return f"{where or 'request'}: {problem['msg']}"
 
 
 def request_id_of(values: dict[str, Any]) -> str | None:

@@ -15,16 +15,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from app.chat_protocol import (
-    Cancel,
     Command,
     Delta,
     Done,
-    Generate,
-    LegacyGenerate,
-    LegacyOpen,
-    Open,
     Opened,
-    Ping,
     ProtocolVersion,
     Usage,
     bye_frame,
@@ -46,6 +40,7 @@ from app.errors import BusyError, ErrorReport, OriginError, SessionExpiredError,
 from app.legacy_generation import legacy_replies, running
 from app.limits import CloseCode, answer_length, is_expired, session_length
 from app.native_generation import AnswerMeter, native_sampling
+from app.request_models import Cancel, Generate, LegacyGenerate, LegacyOpen, Open, Ping
 from app.site import Site
 from app.socket_link import SocketGoneError, SocketLink
 from swarm_client.events import SessionEvent

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from app.chat_protocol import LegacyGenerate, LegacyReply
+from app.chat_protocol import LegacyReply
 from app.legacy_answer import LegacyAnswer, StopRules, TailChange
+from app.request_models import LegacyGenerate
 from swarm_client.events import EventListener
 from swarm_client.generation.text_session import SamplingParams, TextDelta, TextModel, TextSession
 from swarm_protocol.errors import InvalidRequestError, MaxLengthError

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from app.chat_protocol import Generate, Timings
+from app.chat_protocol import Timings
 from app.config import GenerationLimits
 from app.limits import tokens_per_s
+from app.request_models import Generate
 from swarm_client.generation.text_session import SamplingParams
 
 

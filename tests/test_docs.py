@@ -23,6 +23,7 @@ from app import chat_protocol as chat
 from app import errors as site_errors
 from app.config import GenerationLimits, SecurityConfig, SiteConfig, SocketLimits, config_from_env
 from app.limits import CloseCode
+from app.request_models import OneShot
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig, NodeLimits
 from swarm_client.config import ClientConfig
 from swarm_client.events import Recovered, RouteChanged, RouteReason, Waiting
@@ -359,7 +360,7 @@ def test_fields_of_legacy_requests_are_in_the_tables() -> None:
     one_shot = tables(section(page("api"), "`POST /api/v1/generate`"))[0]
     more = tables(section(page("api"), "Protocol 2"))[0]
     named = {code_spans(row[0])[0] for row in [*one_shot, *more]}
-    assert named == set(chat.OneShot.model_fields) | {"model"}
+    assert named == set(OneShot.model_fields) | {"model"}
 
 
 def test_close_codes_and_error_codes_are_in_the_tables() -> None:

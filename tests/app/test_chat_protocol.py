@@ -7,16 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.chat_protocol import (
-    Cancel,
     Delta,
     Done,
-    Generate,
-    LegacyGenerate,
-    LegacyOpen,
     LegacyReply,
-    Open,
     Opened,
-    Ping,
     Timings,
     Usage,
     bye_frame,
@@ -28,12 +22,12 @@ from app.chat_protocol import (
     legacy_opened_frame,
     legacy_reply_frame,
     opened_frame,
-    parse_fields,
     parse_frame,
     pong_frame,
     started_frame,
 )
 from app.errors import ModelNotFoundError, SessionExpiredError, http_status, report_error
+from app.request_models import Cancel, Generate, LegacyGenerate, LegacyOpen, Open, Ping, parse_fields
 from swarm_protocol.errors import CacheFullError, InvalidRequestError, MalformedFrameError, MaxLengthError, SwarmError
 
 GENERATE = {"type": "generate", "id": "a", "messages": [{"role": "user", "content": "hi"}]}

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.chat_protocol import LegacyGenerate
 from app.legacy_answer import LegacyAnswer, StopRules
 from app.legacy_generation import LegacyPlan, legacy_replies, legacy_sampling, plan_answer
+from app.request_models import LegacyGenerate
 from swarm_client.generation.text_session import TextDelta
 from swarm_protocol.errors import InvalidRequestError, MaxLengthError
 from tests.app.fake_swarm import FakeModel

@@ -2,10 +2,10 @@
 
 import pytest
 
-from app.chat_protocol import Generate
 from app.config import GenerationLimits, SocketLimits
 from app.limits import answer_length, is_expired, is_flood, session_length, tokens_per_s
 from app.native_generation import AnswerMeter, native_sampling
+from app.request_models import Generate
 from swarm_protocol.errors import MaxLengthError
 
 SOCKETS, GENERATION = SocketLimits(), GenerationLimits(session_max_length=1000, max_new_tokens=100)
