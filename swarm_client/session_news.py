@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from swarm_client.events import NO_ANSWER, EventListener, Recovered, RouteChanged, RoutePart, RouteReason, Waiting
 from swarm_client.recovery import Patience
 from swarm_client.routing.find_route import Hop
-from swarm_protocol.errors import MissingBlocksError
+from swarm_protocol.errors import MissingBlocksError, SwarmError
+from swarm_protocol.spans import Span
 
 logger = logging.getLogger(__name__)
 
@@ -50,24 +51,33 @@ class SessionNews:
             self._silent_told_s = now_s
             self.listener(Waiting((hop.span,), NO_ANSWER, 0.0, None))
 
-    async def until_served(self, find: Callable[[], Awaitable[list[Hop]]], max_wait_s: float) -> list[Hop]:
+    def patience(self, max_wait_s: float) -> Patience:
+        """Return how long the session waits for its first route from now on."""
+        self.advanced()
+        return Patience(asyncio.get_running_loop().time(), max_wait_s)
+
+    async def until_served(self, find: Callable[[], Awaitable[list[Hop]]], patience: Patience) -> list[Hop]:
         """Return what `find` finds as soon as every block has a node.
 
-        Raises MissingBlocksError when that takes longer than `max_wait_s`, and what else `find` raises.
+        Raises MissingBlocksError when `patience` ends before, and what else `find` raises.
         """
-        clock = asyncio.get_running_loop().time
-        patience = Patience(clock(), max_wait_s)
-        self.advanced()
         while True:
             try:
                 return await find()
             except MissingBlocksError as problem:
-                if not patience.lasts(clock() + LOOK_AGAIN_S):
+                if not await self.waits(patience, (), problem):
                     raise
-                logger.info("waiting for a route: %s", problem)
-                self._has_waited = True
-                self.listener(patience.waiting((), problem, clock()))
-            await asyncio.sleep(LOOK_AGAIN_S)
+
+    async def waits(self, patience: Patience, spans: Sequence[Span], problem: SwarmError) -> bool:
+        """Wait before the next look for nodes that serve `spans`; False, at once, if there is no time for another."""
+        clock = asyncio.get_running_loop().time
+        if not patience.lasts(clock() + LOOK_AGAIN_S):
+            return False
+        logger.info("waiting for a route: %s", problem)
+        self._has_waited = True
+        self.listener(patience.waiting(spans, problem, clock()))
+        await asyncio.sleep(LOOK_AGAIN_S)
+        return True
 
 
 def _parts(hops: Sequence[Hop]) -> tuple[RoutePart, ...]:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
+from itertools import count
 
 from swarm_client.config import ClientConfig
 from swarm_client.events import RouteReason
@@ -36,6 +37,7 @@ from swarm_protocol.errors import (
 from swarm_protocol.ids import PeerId, short_peer
 from swarm_protocol.messages import WireTensor
 from swarm_protocol.prompt_pages import PromptPages
+from swarm_protocol.spans import Span
 from swarm_protocol.tape import Tape, TapeBudget
 
 logger = logging.getLogger(__name__)
@@ -103,18 +105,24 @@ class SessionRoute:
         """Find a route and reserve the caches for `num_tokens` tokens and some more.
 
         Returns how many tokens of `prefix` are cached at every node, where steps may start. Nodes that fail are
-        avoided, and another route is tried; blocks that nobody serves are waited for, `ClientConfig.max_wait_s` long.
+        avoided, and another route is tried at once, `ClientConfig.route_attempts` times. Blocks whose nodes are gone or
+        that nobody serves are waited for, `ClientConfig.max_wait_s` long.
         Raises what the last try raised: MissingBlocksError, CacheFullError, PeerUnreachableError and the like.
         """
         reserved = tokens_to_reserve(num_tokens, self._config.reserve_tokens, self._max_length)
         pages = self._streams.hashes((), prefix)
-        for attempt in range(1, self._config.route_attempts + 1):
+        patience = self._news.patience(self._config.max_wait_s)
+        for attempt in count(1):
             find = partial(self._streams.find_route, reserved, pages, is_retry=attempt > 1)
-            hops = await self._news.until_served(find, self._config.max_wait_s)
+            hops = await self._news.until_served(find, patience)
             try:
                 legs, cached = await self._streams.open(hops, reserved, prefix)
             except SwarmError as error:
-                if not is_nodes_fault(error) or attempt == self._config.route_attempts:
+                if not is_nodes_fault(error):
+                    raise
+                if attempt >= self._config.route_attempts and not (
+                    reason_of(error) == "node_lost" and await self._news.waits(patience, self._lost(hops), error)
+                ):
                     raise
                 if isinstance(error, CacheFullError):
                     reserved = num_tokens  # what is needed now may still fit
@@ -127,6 +135,10 @@ class SessionRoute:
             self._prompt = PromptPages(self.tape.budget.prefixes, self._streams.hashes(hops[:1], prefix))
             return self._prompt.begin(self.tape, cached)
         raise AssertionError("unreachable")
+
+    def _lost(self, hops: Sequence[Hop]) -> list[Span]:
+        """Return the blocks of the nodes that are avoided."""
+        return [hop.span for hop in hops if hop.peer_id in self._watcher.avoided]
 
     def entered(self, states: WireTensor, position: int, row_order: tuple[int, ...] | None) -> None:
         """A step of `states` is about to go into the first hop."""

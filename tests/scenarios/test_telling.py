@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swarm_client.events import Recovered, RouteChanged, SessionEvent, Waiting
-from swarm_protocol.errors import CacheFullError, MissingBlocksError
+from swarm_protocol.errors import CacheFullError, MissingBlocksError, PeerUnreachableError
 from swarm_protocol.messages import OpenSession, Step, error_reply
 from swarm_protocol.spans import Span
 from swarm_protocol.transport.memory_net import LinkProfile
@@ -108,6 +108,31 @@ async def test_the_first_route_is_waited_for_too() -> None:
     assert isinstance(events[-1], Recovered)
     assert events[-1].num_tokens == 0
     assert 3.5 <= events[-1].stall_s < 6.0
+
+
+@virtual
+async def test_the_first_route_waits_while_the_directory_names_only_a_dead_node() -> None:
+    async with scene(FIRST, SECOND) as s:
+        events = listening(s)
+        s.kill(1)
+        opening = asyncio.create_task(s.session.open(1))
+        await asyncio.sleep(7.0)
+        await s.add_node(SECOND)
+        assert await opening == 0
+        torch.testing.assert_close(await s.steps(states(3)), local_output(states(3)), rtol=1e-5, atol=1e-5)
+    waits = [event for event in events if isinstance(event, Waiting)]
+    assert all(event.spans == (SECOND,) for event in waits)
+    assert [event.kind for event in events] == ["waiting"] * len(waits) + ["route_changed", "recovered"]
+
+
+@virtual
+async def test_a_first_route_over_a_dead_node_ends_when_the_time_is_over() -> None:
+    async with scene(FIRST, SECOND, config=replace(CONFIG, max_wait_s=5.0)) as s:
+        s.kill(1)
+        started_s = now_s()
+        with pytest.raises(PeerUnreachableError):
+            await s.session.open(1)
+        assert 4.0 <= now_s() - started_s <= 5.0 + CONFIG.open_s
 
 
 @virtual
