@@ -21,8 +21,8 @@ class ClientConfig:
                     refreshed every 10 s; 0 reads it whenever a session is opened
     avoid_s         how long a node that failed is not asked again, at least and the first time; doubled each time that
                     it fails again. After it, a new record and an answered ping are wanted; a restart needs no wait
-    route_attempts  how many routes are tried at once when nodes refuse or cannot be reached; after them one a second is,
-                    until `max_wait_s`, unless the nodes are full
+    route_attempts  how many routes are tried at once when nodes refuse or cannot be reached; after them one a second
+                    is, until `max_wait_s`, unless the nodes are full
     reserve_tokens  how many tokens a session reserves ahead of those that it has, or a quarter of them if that is more;
                     less reserves more often, which costs nothing but finds a node full in the middle of an answer
     max_wait_s      how long a session waits for blocks that nobody serves, before its first step and when their node is

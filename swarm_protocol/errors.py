@@ -33,12 +33,13 @@
     ├── ConfigError                   invalid_config
     ├── InvalidRequestError           invalid_request
     ├── InternalError                 internal_error         retryable
-    └── RemoteError                   a code that this version does not know; keeps the sender's code
+    └── RemoteError                   a code that this version does not know; keeps the sender's code, or remote_error
 
 `code` is stable and is what travels and what programs match on; the text is for people and may change.
 `retryable` says whether the same request may succeed at another node or later.
 """
 
+import re
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -277,6 +278,8 @@ class InternalError(SwarmError):
 class RemoteError(SwarmError):
     """An error with a code that this version does not know; `code` is the sender's."""
 
+    code = "remote_error"
+
     def __init__(self, code: str, message: str, retryable: bool) -> None:
         super().__init__(message)
         self.code = code  # type: ignore[misc]
@@ -292,13 +295,20 @@ def _classes_by_code(root: type[SwarmError]) -> dict[str, type[SwarmError]]:
 
 
 _BY_CODE = _classes_by_code(SwarmError)
+_CODE = re.compile(r"[a-z][a-z0-9_]{0,39}")
+MAX_REMOTE_CHARS = 300
 
 
 def error_from_wire(code: str, message: str, retryable: bool) -> SwarmError:
-    """Return the exception that an `ErrorReply` stands for; `RemoteError` where the code is unknown here."""
+    """Return the exception that an `ErrorReply` stands for; `RemoteError` where the code is unknown here.
+
+    A stranger wrote both: people see them in terminals, logs and pages, so the text is one line of at most
+    `MAX_REMOTE_CHARS` visible characters, and a code that is none becomes `remote_error`.
+    """
+    message = " ".join("".join(each if each.isprintable() else " " for each in message).split())[:MAX_REMOTE_CHARS]
     cls = _BY_CODE.get(code)
     if cls is None:
-        return RemoteError(code, message, retryable)
+        return RemoteError(code if _CODE.fullmatch(code) else RemoteError.code, message, retryable)
     error = cls.__new__(cls)
     Exception.__init__(error, message)
     return error

@@ -68,6 +68,19 @@ def test_a_code_from_the_future_keeps_its_meaning() -> None:
     assert (arrived.code, arrived.retryable, str(arrived)) == ("brand_new", True, "text")
 
 
+@pytest.mark.parametrize("code", ["X-Evil: 1\r\nSet-Cookie", "", "a" * 41, "Über", "<b>"])
+def test_a_code_that_is_none_is_not_repeated(code: str) -> None:
+    assert error_from_wire(code, "text", False).code == "remote_error"
+
+
+@pytest.mark.parametrize("code", ["cache_full", "brand_new"])
+def test_a_strangers_text_is_one_visible_line(code: str) -> None:
+    arrived = error_from_wire(code, "now\r\nthen \x1b[31m red \u202e gpj.exe" + "x" * 1000, True)
+    assert str(arrived).startswith("now then [31m red gpj.exe")
+    assert len(str(arrived)) == 300
+    assert str(arrived).isprintable()
+
+
 def test_error_texts_are_cut_to_what_the_wire_takes() -> None:
     reply = error_reply(SwarmError("x" * 5000), 3)
     assert (len(reply.message), reply.step_id) == (1000, 3)
