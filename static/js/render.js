@@ -1,6 +1,6 @@
 /** Messages as elements: only what changed is touched, and only text is ever inserted. */
 
-import { toBlocks } from './blocks.js';
+import { AnswerView } from './answer.js';
 import { h, icon } from './dom.js';
 import { hopRows, noticeText, noticeTimeText, outcomeText, recoveredText, timesRows } from './texts.js';
 
@@ -17,7 +17,7 @@ export class MessageView {
   #notice = h('div', { class: 'route-notice', hidden: true }, h('span', { class: 'pulse', 'aria-hidden': 'true' }), this.#noticeText, this.#noticeTime);
   #times = h('div');
   #message = null;
-  #blocks = [];
+  #answer = null;
 
   constructor(role, onCopy) {
     const name = role === 'user' ? 'You' : 'Umbel';
@@ -53,40 +53,21 @@ export class MessageView {
   }
 
   #renderText({ role, content, state }) {
-    if (state === 'waiting') return this.#body.replaceChildren(dots());
-    if (content === '' && state !== 'streaming') return this.#body.replaceChildren(h('p', { class: 'empty' }, emptyText(state)));
-    if (role === 'user') return this.#body.replaceChildren(h('p', {}, content));
-    const blocks = toBlocks(content);
-    if (!this.#blocks.length) this.#body.replaceChildren();
-    for (const [index, block] of blocks.entries()) this.#renderBlock(index, block);
-    while (this.#body.children.length > blocks.length) this.#body.lastElementChild.remove();
-    this.#blocks = blocks;
-  }
-
-  #renderBlock(index, block) {
-    const old = this.#blocks[index];
-    if (old && old.kind === block.kind && old.text === block.text && old.language === block.language) return;
-    if (old && old.kind === block.kind && old.language === block.language) {
-      return appendText(this.#body.children[index], old.text, block.text);
+    if (state === 'waiting' || (content === '' && state !== 'streaming')) {
+      this.#answer = null;
+      return this.#body.replaceChildren(state === 'waiting' ? dots() : h('p', { class: 'empty' }, emptyText(state)));
     }
-    const element = blockElement(block);
-    if (old) this.#body.children[index].replaceWith(element);
-    else this.#body.append(element);
+    if (role === 'user') return this.#body.replaceChildren(h('p', {}, content));
+    if (!this.#answer) {
+      this.#body.replaceChildren();
+      this.#answer = new AnswerView(this.#body, codeBlock);
+    }
+    this.#answer.update(content, state !== 'streaming');
   }
 }
 
-/** Change an element's text by what was added to it, so that a selection in it survives. */
-function appendText(element, oldText, newText) {
-  const holder = element.querySelector('code') ?? element;
-  const node = holder.firstChild;
-  if (node && newText.startsWith(oldText)) node.appendData(newText.slice(oldText.length));
-  else holder.textContent = newText;
-}
-
-function blockElement(block) {
-  if (block.kind === 'paragraph') return h('p', {}, block.text);
-  const code = h('code', {}, block.text);
-  const bar = h('div', { class: 'code-bar' }, h('span', {}, block.language || 'code'), copyButton('Copy code', () => code.textContent));
+function codeBlock(language, code) {
+  const bar = h('div', { class: 'code-bar' }, h('span', {}, language || 'code'), copyButton('Copy code', () => code.textContent));
   return h('figure', { class: 'code', dir: 'ltr' }, bar, h('pre', { tabindex: '0' }, code));
 }
 

@@ -19,6 +19,7 @@ from swarm_protocol.errors import (
 )
 from swarm_protocol.ids import PeerId
 from swarm_protocol.spans import Span
+from tests.app.markdown_answers import ARABIC, HOSTILE, RICH
 
 EOS = "</s>"
 PIECES = re.compile(r"</s>|<(?:user|assistant|system)>|\s*[^\s<]+|\s+|<")
@@ -270,6 +271,9 @@ def scripted_reply(text: str) -> Sequence[str]:
             *[" more"] * 60,
         ],
         "vanish": ["one", " two", *STORY, "!pause", "!raise missing"],
+        "rich": PIECES.findall(RICH),
+        "arabic": PIECES.findall(ARABIC),
+        "hostile": PIECES.findall(HOSTILE),
         "echo": [" answer", ".", "\n\n", "Human", ":", EOS],
     }
     return special.get(word) or PIECES.findall(ANSWER)
