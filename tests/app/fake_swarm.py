@@ -19,7 +19,7 @@ from swarm_protocol.errors import (
 )
 from swarm_protocol.ids import PeerId
 from swarm_protocol.spans import Span
-from tests.app.markdown_answers import ARABIC, HOSTILE, RICH
+from tests.app.markdown_answers import ARABIC, HOSTILE, RICH, huge
 
 EOS = "</s>"
 PIECES = re.compile(r"</s>|<(?:user|assistant|system)>|\s*[^\s<]+|\s+|<")
@@ -253,7 +253,10 @@ def scripted_reply(text: str) -> Sequence[str]:
 
     `replaced` loses a node and goes on, `vanish` waits for one in vain. Any other word gets the one on umbels.
     """
-    word = text.strip().split(" ")[0] if text.strip() else ""
+    words = text.strip().split(" ")
+    word = words[0]
+    if word == "huge":  # `huge list 1000`
+        return PIECES.findall(huge(words[1], int(words[2])))
     if word in ERRORS:
         return ["!raise " + word]
     special = {

@@ -92,3 +92,19 @@ VECTORS = (
 )
 
 HOSTILE = "\n\n".join(VECTORS) + "\n\nstill here\n"
+
+
+def huge(kind: str, num_lines: int) -> str:
+    """Return a very long answer: `mixed`, or one single `list`, `code`, `table` or `line`s of one paragraph."""
+    line = "An **umbel** is a flower head of many small flowers, `each` on its own stalk"
+    match kind:
+        case "list":
+            return "\n".join(f"- {line}, {number}" for number in range(num_lines))
+        case "code":
+            return "```python\n" + "\n".join(f"stalks[{number}] = f'{line}'" for number in range(num_lines)) + "\n```\n"
+        case "table":
+            return "| a | b |\n|---|---|\n" + "\n".join(f"| {number} | {line} |" for number in range(num_lines))
+        case "paragraph":
+            return "\n".join([line] * num_lines)
+        case _:
+            return RICH * (num_lines // 15)
