@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from swarm_client.generation.ends_batches import EndsBatches, Row
-from swarm_client.generation.sampling import TokenChooser, choose_together
+from swarm_client.generation.sampling import TokenChooser, choose_together, token_logprobs
+from swarm_client.generation.text_session import TokenLogprobs
 from swarm_protocol.errors import SessionClosedError, SwarmError
 from swarm_protocol.model.parts import EndsModule
 
@@ -40,10 +41,14 @@ class EndsRow:
 
 @dataclass(frozen=True, slots=True)
 class ChosenToken:
-    """The token, and its states (1, 1, hidden) as they enter the first block; None where they were not made."""
+    """The token, and its states (1, 1, hidden) as they enter the first block; None where they were not made.
+
+    `logprobs` where the row's chooser wants them.
+    """
 
     token_id: int
     embedded: torch.Tensor | None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,7 +178,14 @@ def _run_together(rows: Sequence[EndsRow]) -> list[ChosenToken | Exception]:
         # Where it cannot be done, the session is told so when it tries by itself.
         with suppress(SwarmError):
             embedded = dict(zip(going_on, ends.embed(ids, positions)[:, None], strict=True))
-    return [ChosenToken(token_id, embedded.get(index)) for index, token_id in enumerate(token_ids)]
+    return [
+        ChosenToken(token_id, embedded.get(index), _logprobs(row.chooser, logits[index], token_id))
+        for index, (row, token_id) in enumerate(zip(rows, token_ids, strict=True))
+    ]
+
+
+def _logprobs(chooser: TokenChooser, logits: torch.Tensor, token_id: int) -> TokenLogprobs | None:
+    return None if chooser.num_logprobs is None else token_logprobs(logits, token_id, chooser.num_logprobs)
 
 
 ENDS_WORKER = EndsWorker()

@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from swarm_client.generation.text_session import SamplingParams
+from swarm_client.generation.text_session import SamplingParams, TokenLogprobs
 from swarm_protocol.errors import InvalidRequestError
 
 
@@ -32,6 +32,7 @@ class TokenChooser:
         except ValueError as error:
             raise InvalidRequestError(str(error)) from None
         self._seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 63)
+        self.num_logprobs = params.logprobs
         # Those who are warped alike can be warped together.
         self._kind = None if is_greedy else (params.temperature, params.top_k, params.top_p, params.min_p)
 
@@ -73,6 +74,14 @@ def choose_together(
         for row, token_id in zip(rows_of_kind, ids.tolist(), strict=True):
             chosen[row] = token_id
     return chosen
+
+
+def token_logprobs(logits: torch.Tensor, token_id: int, num_top: int) -> TokenLogprobs:
+    """Return the logarithm of the model's probability of a token and of the `num_top` best, for logits (vocab)."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    best = logprobs.topk(min(num_top, logprobs.shape[0]))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenLogprobs(token_id, float(logprobs[token_id]), top)
 
 
 @dataclass(frozen=True, slots=True)

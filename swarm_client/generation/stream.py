@@ -1,16 +1,44 @@
 """The lean loop behind chat: token ids in, text deltas out, one step of the swarm per token."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from swarm_client.generation.detokenizer import Detokenizer
 from swarm_client.generation.stopping import StopScanner
-from swarm_client.generation.text_session import FinishReason, SamplingParams, TextDelta
+from swarm_client.generation.text_session import FinishReason, SamplingParams, TextDelta, TokenLogprobs
 from swarm_protocol.errors import CancelledStepError
+
+
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """A token that was computed; `logprobs` where they were asked for."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(slots=True)
+class _Pending:
+    """The tokens that are not in a delta yet."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def add(self, token: NextToken) -> None:
+        self.token_ids.append(token.token_id)
+        if token.logprobs is not None:
+            self.logprobs.append(token.logprobs)
+
+    def delta(self, text: str, finish: FinishReason | None = None) -> TextDelta:
+        """Return a delta with all of them, and forget them."""
+        found = TextDelta(text, tuple(self.token_ids), finish, tuple(self.logprobs))
+        self.token_ids, self.logprobs = [], []
+        return found
 
 
 def stream_text(
     params: SamplingParams,
-    next_token: Callable[[], int],
+    next_token: Callable[[], NextToken],
     decode: Callable[[Sequence[int]], str],
     context: Sequence[int],
     end_tokens: frozenset[int],
@@ -22,26 +50,25 @@ def stream_text(
     """
     detokenizer = Detokenizer(decode, context)
     scanner = StopScanner(params.stop)
-    pending: list[int] = []
+    pending = _Pending()
     finish: FinishReason = "length"
     for _ in range(params.max_new_tokens):
         try:
-            token_id = next_token()
+            token = next_token()
         except CancelledStepError:
             finish = "cancelled"
             break
-        pending.append(token_id)
-        if params.stop_at_eos and token_id in end_tokens:
+        pending.add(token)
+        if params.stop_at_eos and token.token_id in end_tokens:
             finish = "stop"
             break
-        text = scanner.feed(detokenizer.push(token_id))
+        text = scanner.feed(detokenizer.push(token.token_id))
         if scanner.is_stopped:
-            yield TextDelta(text, tuple(pending), "stop")
+            yield pending.delta(text, "stop")
             return
         if text:
-            yield TextDelta(text, tuple(pending))
-            pending = []
+            yield pending.delta(text)
     rest = scanner.feed(detokenizer.flush())
     if scanner.is_stopped:
         finish = "stop"
-    yield TextDelta(rest + scanner.flush(), tuple(pending), finish)
+    yield pending.delta(rest + scanner.flush(), finish)

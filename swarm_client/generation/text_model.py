@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from swarm_client.events import EventListener
+from swarm_client.generation.embedder import DistributedEmbedder
 from swarm_client.generation.ends_worker import ENDS_WORKER, ChosenToken, EndsRow
 from swarm_client.generation.prompt_format import chat_stop, chat_token_ids, common_prefix
 from swarm_client.generation.sampling import TokenChooser
-from swarm_client.generation.stream import stream_text
+from swarm_client.generation.stream import NextToken, stream_text
 from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta
+from swarm_client.generation.token_bytes import token_bytes
 from swarm_client.generation_times import GenerationTimes
 from swarm_client.inference_session import InferenceSession
 from swarm_client.remote_blocks import RemoteBlocks
@@ -66,6 +68,15 @@ class DistributedTextModel:
         )
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token stands for in a text, as UTF-8; a token may be a part of a character."""
+        with self._encode_lock:
+            return token_bytes(self._tokenizer, token_id)
+
+    def embedder(self) -> DistributedEmbedder:
+        """Return what turns tokens into vectors; each `embed` has sessions of its own."""
+        return DistributedEmbedder(self._ends, self._blocks.session, self.max_length)
+
     def open_session(self, max_length: int, *, standby: bool | None = None) -> "DistributedTextSession":
         """Return an empty session for up to `max_length` tokens; the caches are reserved when it first generates.
 
@@ -103,6 +114,7 @@ class DistributedTextSession:
         self._turn_stop: tuple[str, ...] = ()
         self._cancelled = threading.Event()
         self._choosing: Future[ChosenToken] | None = None
+        self._cached_tokens: int | None = None  # at the first step of a generation; None before it
         # The last token, where it is and its states, if the worker made them.
         self._embedded: tuple[int, int, torch.Tensor | None] = (0, 0, None)
 
@@ -153,6 +165,11 @@ class DistributedTextSession:
         self._token_ids = self._token_ids[:kept] + list(token_ids)
 
     @property
+    def cached_tokens(self) -> int:
+        """How many tokens the last `generate` found cached; see `TextSession`."""
+        return self._cached_tokens or 0
+
+    @property
     def times(self) -> GenerationTimes:
         """Where the time of the last `generate` went until now."""
         return self._session.times
@@ -165,6 +182,7 @@ class DistributedTextSession:
             raise MaxLengthError(len(self._token_ids), params.max_new_tokens, self.max_length)
         chooser = TokenChooser(params)
         self._cancelled.clear()
+        self._cached_tokens = None
         self._session.recover()
         self._session.on_event = on_event
         self._session.time_log.restart()
@@ -193,7 +211,7 @@ class DistributedTextSession:
             choosing.cancel()
 
     @torch.inference_mode()
-    def _next_token(self, chooser: TokenChooser) -> int:
+    def _next_token(self, chooser: TokenChooser) -> NextToken:
         # From before the look at the flag, so that no cancel falls in between.
         with self._session.cancellable(), self._session.time_log.token(time.perf_counter):
             if self._cancelled.is_set():
@@ -201,7 +219,7 @@ class DistributedTextSession:
             chosen = self._choose(chooser, self._step_somewhere()[:, -1:])
         self._embedded = (len(self._token_ids), chosen.token_id, chosen.embedded)
         self._token_ids.append(chosen.token_id)
-        return chosen.token_id
+        return NextToken(chosen.token_id, chosen.logprobs)
 
     def _step_somewhere(self) -> torch.Tensor:
         """Take a step; where nobody can go on with what is cached, with all tokens on a new route."""
@@ -222,6 +240,8 @@ class DistributedTextSession:
         if self._session.batch_size is None:
             self._session.start_with(self._token_ids[:-1], self._ends.dtype)
         self._session.position = min(self._session.position, len(self._token_ids) - 1)
+        if self._cached_tokens is None:
+            self._cached_tokens = self._session.position
         return self._session.step(self._embed_rest())
 
     def _embed_rest(self) -> torch.Tensor:

@@ -24,6 +24,7 @@ class SamplingParams:
 
     `stop` are strings that end the answer and are not part of it; so does the end-of-turn token with `stop_at_eos`.
     `skip_special_tokens` False shows the text of special tokens. One seed gives one text; None takes a random one.
+    With `logprobs` each token comes with its probability and with those of that many most probable ones.
     """
 
     max_new_tokens: int
@@ -37,6 +38,19 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_at_eos: bool = True
     skip_special_tokens: bool = True
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How probable the model held a token: natural logarithms, before temperature, penalties and any cut of sampling.
+
+    `top` are the most probable tokens at this place with theirs, the best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +58,13 @@ class TextDelta:
     """A piece of an answer: `text` never ends inside a character and never holds the beginning of a stop string.
 
     `token_ids` are the tokens behind it, which may be none or several. `finish_reason` is set on the last delta only.
+    `logprobs` are those of these tokens where they were asked for, else empty.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class TextSession(Protocol):
@@ -92,6 +108,10 @@ class TextSession(Protocol):
         """
 
     @property
+    def cached_tokens(self) -> int:
+        """How many tokens the last `generate` found cached, in the session or from earlier ones; 0 before a step."""
+
+    @property
     def times(self) -> GenerationTimes:
         """Where the time of the last `generate` went until now; the thread's that generates."""
 
@@ -100,6 +120,20 @@ class TextSession(Protocol):
 
     def close(self) -> None:
         """Free the caches at the nodes. Idempotent."""
+
+
+class TextEmbedder(Protocol):
+    """Turns tokens into vectors. Blocking; used by one thread at a time, except `cancel`."""
+
+    def embed(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return a vector of unit length for each sequence: the mean of its last hidden states, behind the final norm.
+
+        Raises InvalidRequestError for an empty sequence, MaxLengthError for one that is too long, CancelledStepError,
+        and SwarmError for what happens in the swarm.
+        """
+
+    def cancel(self) -> None:
+        """End a running `embed` now, and all later ones. Any thread."""
 
 
 class TextModel(Protocol):
@@ -122,6 +156,12 @@ class TextModel(Protocol):
 
     def open_session(self, max_length: int) -> TextSession:
         """Return an empty session for up to `max_length` tokens. Raises SwarmError when the swarm cannot hold it."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token stands for in a text, as UTF-8; a token may be a part of a character."""
+
+    def embedder(self) -> TextEmbedder:
+        """Return what turns tokens into vectors."""
 
     def missing_blocks(self) -> Sequence[str]:
         """Return the runs of blocks that no node serves now, as people read them; empty when one can generate."""

@@ -233,6 +233,16 @@ class EndsModule(nn.Module):
         finally:
             _tapped.injected = _tapped.seen = None
 
+    def last_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return what the head is given (batch, seq, hidden) of states that left the last block: the final norm's."""
+        _tapped.injected = hidden_states
+        ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
+        try:
+            decoder = self.model.get_submodule(self._decoder_path)
+            return decoder(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state  # type: ignore[no-any-return]
+        finally:
+            _tapped.injected = _tapped.seen = None
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The same as `logits`."""
         return self.logits(hidden_states)

@@ -11,8 +11,8 @@ from swarm_client.generation.detokenizer import Detokenizer
 from swarm_client.generation.prompt_format import common_prefix
 from swarm_client.generation.sampling import TokenChooser
 from swarm_client.generation.stopping import StopScanner
-from swarm_client.generation.stream import stream_text
-from swarm_client.generation.text_session import SamplingParams, TextDelta
+from swarm_client.generation.stream import NextToken, stream_text
+from swarm_client.generation.text_session import SamplingParams, TextDelta, TokenLogprobs
 from swarm_protocol.errors import CancelledStepError, StreamLostError
 
 
@@ -92,11 +92,11 @@ def test_the_beginning_of_a_stop_string_is_held_until_it_is_none() -> None:
 def run(params: SamplingParams, tokens: Sequence[int | Exception], end_tokens: Sequence[int] = ()) -> list[TextDelta]:
     source: Iterator[int | Exception] = iter(tokens)
 
-    def next_token() -> int:
+    def next_token() -> NextToken:
         token = next(source)
         if isinstance(token, Exception):
             raise token
-        return token
+        return NextToken(token, TokenLogprobs(token, -1.0) if params.logprobs is not None else None)
 
     return list(stream_text(params, next_token, decode_bytes, [], frozenset(end_tokens)))
 
@@ -128,6 +128,14 @@ def test_a_stop_string_over_several_tokens_is_cut_off() -> None:
 
 def test_what_was_held_back_comes_when_the_length_is_reached() -> None:
     assert text_of(run(SamplingParams(4, stop=("END",)), b"xyEN")) == "xyEN"
+
+
+def test_logprobs_come_with_the_tokens_that_they_are_of() -> None:
+    deltas = run(SamplingParams(12, logprobs=0, stop=("END",)), [*"é🌸".encode(), *b"aENDz"])
+    for delta in deltas:
+        assert tuple(found.token_id for found in delta.logprobs) == delta.token_ids
+    assert sum(len(delta.token_ids) for delta in deltas) == 10
+    assert not any(delta.logprobs for delta in run(SamplingParams(4), b"abcd"))
 
 
 def test_a_cancelled_answer_says_so() -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from swarm_client import AutoDistributedModelForCausalLM, DistributedCausalLM, SamplingParams
+from swarm_client.generation.embedder import DistributedEmbedder
 from swarm_protocol.errors import (
     CacheFullError,
     CancelledStepError,
@@ -88,6 +89,15 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 def test_logits_equal_the_whole_models(pair: Pair) -> None:
     tokens = ids(2)
     assert close(pair.remote(tokens).logits, pair.local(tokens).logits)
+
+
+@torch.no_grad()
+def test_embeddings_are_means_of_what_the_head_is_given(pair: Pair) -> None:
+    rows = ids(2).tolist()
+    states = pair.local.base_model(torch.tensor(rows)).last_hidden_state.mean(1)
+    wanted = torch.nn.functional.normalize(states, dim=-1)
+    found = DistributedEmbedder(pair.remote.ends, pair.remote.remote_blocks.session, 50).embed(rows)
+    assert close(torch.tensor(found), wanted)
 
 
 def test_greedy_text_equals_the_whole_models(pair: Pair) -> None:

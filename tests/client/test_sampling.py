@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from swarm_client.generation.sampling import TokenChooser, choose_together
+from swarm_client.generation.sampling import TokenChooser, choose_together, token_logprobs
 from swarm_client.generation.text_session import SamplingParams
 
 VOCABULARY = 3000
@@ -72,3 +72,17 @@ def test_rows_of_all_kinds_choose_together_what_they_choose_alone() -> None:
     together = choose_together(logits, choosers, ids)
     assert together == [chooser.choose(*row) for chooser, *row in zip(choosers, logits, ids, strict=True)]
     assert len(set(together)) > len(choosers) // 2
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 5, VOCABULARY + 1])
+def test_logprobs_are_those_of_the_whole_distribution_whatever_is_sampled(num_top: int) -> None:
+    (logits,) = peaked(1, 4)
+    wanted = logits.double().log_softmax(-1)
+    found = token_logprobs(logits.bfloat16().float(), 7, num_top)
+    exact = token_logprobs(logits, 7, num_top)
+    assert exact.logprob == pytest.approx(float(wanted[7]), abs=1e-4)
+    assert found.logprob == pytest.approx(exact.logprob, abs=0.1)
+    assert len(exact.top) == min(num_top, VOCABULARY)
+    order = wanted.argsort(descending=True).tolist()[:num_top]
+    assert [token_id for token_id, _ in exact.top] == order
+    assert [logprob for _, logprob in exact.top] == pytest.approx(wanted[order].tolist(), abs=1e-4)

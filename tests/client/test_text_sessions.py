@@ -14,7 +14,7 @@ import torch
 from swarm_client import ChatMessage, SamplingParams, Swarm, open_text_model
 from swarm_client.events import SessionEvent, Waiting
 from swarm_client.generation.text_model import DistributedTextModel, DistributedTextSession
-from swarm_protocol.errors import InvalidRequestError, MaxLengthError, MissingBlocksError
+from swarm_protocol.errors import CancelledStepError, InvalidRequestError, MaxLengthError, MissingBlocksError
 from swarm_protocol.spans import Span
 from tests.client.test_model import Pair
 from tests.local_swarm import CLIENT_CONFIG
@@ -86,6 +86,64 @@ def test_messages_set_again_give_the_same_answer_and_keep_what_agrees(
     other = [ChatMessage("user", "5 17"), ChatMessage("assistant", answer)]
     assert session.set_messages(other) == 2
     assert text_of(session) == local_text(pair, Words().apply_chat_template([{"content": m.content} for m in other]))
+
+
+@pytest.mark.parametrize("params", [{}, {"do_sample": True, "temperature": 1.7, "top_k": 5, "seed": 3}], ids=str)
+def test_logprobs_are_those_of_transformers_logits(
+    pair: Pair, session: DistributedTextSession, params: dict[str, Any]
+) -> None:
+    session.append_text(PROMPT)
+    deltas = list(session.generate(SamplingParams(6, logprobs=3, **params)))
+    found = [logprobs for delta in deltas for logprobs in delta.logprobs]
+    ids = list(session.token_ids)
+    assert [logprobs.token_id for logprobs in found] == ids[4:]
+    with torch.no_grad():
+        wanted = pair.local(torch.tensor([ids])).logits[0].log_softmax(-1)[3:-1]
+    for logprobs, row in zip(found, wanted, strict=True):
+        assert logprobs.logprob == pytest.approx(float(row[logprobs.token_id]), abs=1e-4)
+        best = row.topk(3)
+        assert [token for token, _ in logprobs.top] == best.indices.tolist()
+        assert [value for _, value in logprobs.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_what_is_cached_is_counted_at_the_first_step(session: DistributedTextSession) -> None:
+    session.set_messages(MESSAGES)
+    deltas = session.generate(SamplingParams(3))
+    assert session.cached_tokens == 0
+    assert sum(len(delta.token_ids) for delta in deltas) == 3
+    assert session.cached_tokens == 0
+    session.set_messages(MESSAGES)
+    assert len(text_of(session).split()) == 6
+    assert session.cached_tokens == 4
+
+
+def test_texts_become_the_means_of_their_last_hidden_states(pair: Pair, model: DistributedTextModel) -> None:
+    texts = [[5, 17, 31, 8], [9], [1, 2, 3, 4], [7, 7, 7]]
+    found = model.embedder().embed(texts)
+    for ids, vector in zip(texts, found, strict=True):
+        with torch.no_grad():
+            states = pair.local.base_model(torch.tensor([ids])).last_hidden_state[0].mean(0)
+        assert torch.allclose(torch.tensor(vector), torch.nn.functional.normalize(states, dim=0), atol=1e-5)
+    with pytest.raises(InvalidRequestError, match="without tokens"):
+        model.embedder().embed([[1], []])
+    with pytest.raises(MaxLengthError):
+        model.embedder().embed([[1] * 100_000])
+    assert model.embedder().embed([]) == []
+
+
+def test_a_cancel_ends_an_embedding_that_hangs(pair: Pair, model: DistributedTextModel) -> None:
+    embedder = model.embedder()
+    pair.served.freeze(pair.served.nodes[1], is_frozen=True)
+    timer = threading.Timer(0.2, embedder.cancel)
+    timer.start()
+    try:
+        with pytest.raises(CancelledStepError):
+            embedder.embed([[1, 2, 3]])
+        with pytest.raises(CancelledStepError):
+            embedder.embed([[1, 2, 3]])
+    finally:
+        timer.join()
+        pair.served.freeze(pair.served.nodes[1], is_frozen=False)
 
 
 def test_a_tail_may_be_replaced_by_anything(pair: Pair, session: DistributedTextSession) -> None:
