@@ -1,25 +1,49 @@
-"""Errors told by HTTP: as JSON with a code on the API's paths, in one plain sentence elsewhere."""
+"""Errors told by HTTP: as JSON with a code on the API's paths, in OpenAI's form on OpenAI's, else in a plain sentence.
+
+Each request has an id, in a header of its answer and in the log with whatever goes wrong.
+"""
 
 import logging
 import secrets
 
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Response, g, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 from app.chat_protocol import error_object, legacy_error
 from app.errors import ErrorReport, http_status, report_error
+from app.openai_errors import is_openai, openai_error, openai_error_headers, param_of
 from app.security import is_api
 from swarm_protocol.errors import SwarmError
 
 logger = logging.getLogger(__name__)
 
 
-def make_report(error: BaseException) -> ErrorReport:
-    """Return what a client may know; the log gets the rest of what is our fault."""
-    request_id = secrets.token_hex(8)
+def current_request_id() -> str:
+    """Return the id of the request that this thread answers; made at the first call."""
+    if "request_id" not in g:
+        g.request_id = secrets.token_hex(8)
+    return str(g.request_id)
+
+
+def make_report(error: BaseException, path: str | None = None, request_id: str | None = None) -> ErrorReport:
+    """Return what a client may know; the log gets the rest of what is our fault.
+
+    `path` and `request_id` are those of the current request, unless there is none any more.
+    """
+    request_id = current_request_id() if request_id is None else request_id
     if not isinstance(error, SwarmError):
-        logger.error("bug request_id=%s path=%s", request_id, request.path, exc_info=error)
+        where = request.path if path is None else path
+        logger.error("bug request_id=%s path=%s", request_id, where, exc_info=error)
     return report_error(error, request_id)
+
+
+def openai_response(error: BaseException) -> Response:
+    """Return an error in OpenAI's form."""
+    report = make_report(error)
+    response = Response(openai_error(report, param_of(error)).as_json(), mimetype="application/json")
+    response.status_code = http_status(report)
+    response.headers.update(openai_error_headers(report))
+    return response
 
 
 def error_response(error: BaseException, status: int | None = None) -> Response:
@@ -39,7 +63,13 @@ def register(app: Flask) -> None:
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
         status = error.code or 500
-        if is_api(request.path):
+        if is_openai(request.path):
+            told = ErrorReport(
+                error.name, f"http_{status}", error.description or error.name, False, current_request_id()
+            )
+            response = Response(openai_error(told, status=status).as_json(), mimetype="application/json")
+            response.headers["X-Should-Retry"] = "false"
+        elif is_api(request.path):
             response = jsonify(error={"code": f"http_{status}", "message": error.description, "retryable": False})
         else:
             response = Response(f"{status} {error.name}\n", mimetype="text/plain")
@@ -51,10 +81,18 @@ def register(app: Flask) -> None:
 
     @app.errorhandler(Exception)
     def bug(error: Exception) -> Response:
+        if is_openai(request.path):
+            return openai_response(error)
         report = make_report(error)
         if is_api(request.path):
             response = jsonify(error=error_object(report))
         else:
             response = Response(f"{report.message}\n", mimetype="text/plain")
         response.status_code = http_status(report)
+        return response
+
+    @app.after_request
+    def add_request_id(response: Response) -> Response:
+        if is_api(request.path):
+            response.headers["X-Request-ID"] = current_request_id()
         return response

@@ -1,14 +1,16 @@
 """`POST /api/v1/generate`, the predecessor's one-shot API, and the probes."""
 
-import select
-import socket
 from typing import Any
 
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 from app.api_errors import error_response
+from app.chat_protocol import LegacyReply
 from app.errors import OriginError, SiteDrainingError
+from app.http_generation import Generation
+from app.http_peer import HttpPeer, PeerGoneError
+from app.json_body import json_body
 from app.legacy_generation import legacy_replies
 from app.limits import session_length
 from app.request_models import OneShot, parse_fields
@@ -23,10 +25,6 @@ FIELDS = (
 )  # fmt: skip
 
 
-class PeerGoneError(Exception):
-    """The client of a request closed its connection."""
-
-
 def register(app: Flask, site: Site) -> None:
     """Serve the one-shot API and the probes in `app`."""
 
@@ -36,8 +34,7 @@ def register(app: Flask, site: Site) -> None:
             security = site.config.security
             if not (security.public_api or request_is_own(request, security)):
                 raise OriginError("the API")
-            with site.http_generations.take():
-                answer = _generate(site, _arguments())
+            answer = _generate(site, _arguments())
         except PeerGoneError:
             return Response(status=499)
         except HTTPException as error:
@@ -68,10 +65,7 @@ def _told(error: Exception, status: int | None) -> Response:
 def _arguments() -> dict[str, Any]:
     """Return the request's fields from its query, form or JSON; empty strings in a form mean absent."""
     if request.is_json:
-        values = request.get_json(silent=True)
-        if not isinstance(values, dict):
-            raise InvalidRequestError("the body is not a JSON object")
-        return {**request.args.to_dict(), **values}
+        return {**request.args.to_dict(), **json_body(request)}
     found: dict[str, Any] = request.values.to_dict()
     return {name: value for name, value in found.items() if not (name in FIELDS and value == "")}
 
@@ -88,27 +82,12 @@ def _generate(site: Site, values: dict[str, Any]) -> dict[str, Any]:
     num_tokens = len(model.encode(command.inputs)) + EXTRA_TOKENS
     asked = num_tokens + command.max_new_tokens if command.max_new_tokens else command.max_length
     session = model.open_session(session_length(asked, model.max_length, site.config.generation))
-    outputs = ""
-    try:
-        with site.drain.cancelling(session.cancel):
-            for reply in legacy_replies(model, session, command):
-                if reply is not None:
-                    outputs += reply.outputs
-                if _is_peer_gone():
-                    raise PeerGoneError
-        return {"outputs": outputs, "times": session.times.as_json()} if command.times else {"outputs": outputs}
-    finally:
-        session.close()
 
+    def work(generation: Generation[LegacyReply]) -> None:
+        for reply in legacy_replies(model, session, command, lambda: generation.is_cancelled):
+            if reply is not None:
+                generation.put(reply)
 
-def _is_peer_gone() -> bool:
-    """Return whether the client closed its connection, by a look at gunicorn's socket that takes nothing from it."""
-    sock = request.environ.get("gunicorn.socket")
-    if not isinstance(sock, socket.socket):
-        return False
-    poller = select.poll()
-    poller.register(sock.fileno(), select.POLLIN)
-    try:
-        return bool(poller.poll(0)) and not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except OSError:
-        return True
+    generation = Generation(site, HttpPeer(request.environ), work, session.cancel, session.close)
+    outputs = "".join(reply.outputs for reply in generation.items() if reply is not None)
+    return {"outputs": outputs, "times": session.times.as_json()} if command.times else {"outputs": outputs}

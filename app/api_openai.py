@@ -1,35 +1,166 @@
-"""The OpenAI-compatible API, mounted at `/v1` and `/api/v1`: for now the list of models."""
+"""The OpenAI-compatible API, mounted at `/v1` and `/api/v1`."""
 
+import array
+import base64
+import logging
+import secrets
+import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
-from flask import Flask, Response, jsonify
+from flask import Flask, Response, request
 
+from app.api_errors import current_request_id, make_report, openai_response
+from app.errors import ModelNotFoundError, OriginError, SiteDrainingError
+from app.http_generation import Generation
+from app.http_peer import HttpPeer, PeerGoneError
+from app.json_body import json_body
 from app.model_registry import ModelEntry
+from app.openai_answer import AnswerForm, ChatForm, CompletionForm, ReplyHead
+from app.openai_errors import openai_error, param_of
+from app.openai_generation import Answers, answer_prompts, prepare_prompts
+from app.openai_replies import Embedding, EmbeddingList, EmbeddingUsage, ErrorBody, ModelList, ModelObject, Reply
+from app.openai_requests import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingsRequest,
+    ParamError,
+    TextOrIds,
+    ignored_params,
+    parse_openai,
+)
+from app.openai_stream import HEADERS, EventStream
+from app.security import request_is_own
 from app.site import Site
+from swarm_client.generation.text_session import TextModel
+from swarm_protocol.errors import SwarmError
+
+logger = logging.getLogger(__name__)
 
 PREFIXES = ("/v1", "/api/v1")
 
 
-def model_object(entry: ModelEntry, created: int) -> dict[str, Any]:
-    """Return a model in OpenAI's form, with what a swarm adds: whether all of its blocks are served."""
-    return {
-        "id": entry.name,
-        "object": "model",
-        "created": created,
-        "owned_by": "umbel",
-        "context_length": entry.context_length,
-        "max_model_len": entry.context_length,
-        "status": entry.status,
-        "missing_blocks": list(entry.missing),
-    }
+def model_object(entry: ModelEntry, created: int) -> ModelObject:
+    """Return a model in OpenAI's form."""
+    return ModelObject(
+        id=entry.name,
+        object="model",
+        created=created,
+        owned_by="umbel",
+        context_length=entry.context_length,
+        max_model_len=entry.context_length,
+        status=entry.status,
+        missing_blocks=list(entry.missing),
+    )
 
 
-def openai_error(status: int, message: str, code: str, param: str | None = None) -> Response:
-    """Return an error in OpenAI's form."""
-    response = jsonify(error={"message": message, "type": "invalid_request_error", "param": param, "code": code})
-    response.status_code = status
+def _json(reply: Reply) -> Response:
+    return Response(reply.as_json(), mimetype="application/json")
+
+
+def _body(site: Site) -> dict[str, Any]:
+    """Return the request's JSON. Raises SwarmError for what is none, and when the site takes no request."""
+    security = site.config.security
+    if not (security.public_api or request_is_own(request, security)):
+        raise OriginError("the API")
+    if site.drain.is_started:
+        raise SiteDrainingError
+    return json_body(request)
+
+
+def _told(view: Callable[..., Response]) -> Callable[..., Response]:
+    """Return `view` with its errors told in OpenAI's form."""
+
+    @wraps(view)
+    def told(**arguments: str) -> Response:
+        try:
+            return view(**arguments)
+        except PeerGoneError:
+            return Response(status=499)
+        except SwarmError as error:
+            return openai_response(error)
+
+    return told
+
+
+def _generate(site: Site, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
+    """Answer a chat completion or a completion, streamed or not."""
+    values = _body(site)
+    command = parse_openai(kind, values)
+    model = site.models.find(command.model)
+    is_chat = isinstance(command, ChatRequest)
+    name = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
+    head = ReplyHead(name, int(time.time()), command.model or model.name, model.token_bytes)
+    form: AnswerForm = (ChatForm if is_chat else CompletionForm)(head, has_usage=command.has_usage)
+    prompts = prepare_prompts(site, model, command)
+    peer, answers = HttpPeer(request.environ), Answers(form, prompts, model)
+    generation = answer_prompts(site, peer, prompts)
+    if command.stream:
+        stream = EventStream(site, peer, generation, answers, command, _stream_teller())
+        response = Response(stream, headers=HEADERS)
+    else:
+        for item in generation.items():
+            if item is not None:
+                answers.feed(item)
+        response = _json(answers.whole())
+    ignored = ignored_params(values)
+    if ignored:
+        response.headers["X-Ignored-Params"] = ", ".join(ignored)
     return response
+
+
+def _stream_teller() -> Callable[[Exception], ErrorBody]:
+    """Return what tells an error of a stream, which has no request any more when it happens."""
+    path, request_id = request.path, current_request_id()
+
+    def tell(error: Exception) -> ErrorBody:
+        return openai_error(make_report(error, path, request_id), param_of(error))
+
+    return tell
+
+
+def _embed(site: Site) -> Response:
+    """Answer with a vector for each input."""
+    command = parse_openai(EmbeddingsRequest, _body(site))
+    model = site.models.find(command.model)
+    texts = [_ids(model, text) for text in command.input]
+    for index, ids in enumerate(texts):
+        if not ids:
+            raise ParamError(f"input.{index}: a text without tokens has no embedding", f"input.{index}")
+    embedder = model.embedder()
+
+    def work(generation: Generation[list[list[float]]]) -> None:
+        generation.put(embedder.embed(texts))
+
+    generation = Generation(site, HttpPeer(request.environ), work, embedder.cancel, lambda: None)
+    vectors = [vector for item in generation.items() if item is not None for vector in item]
+    num_tokens = sum(map(len, texts))
+    is_base64 = command.encoding_format == "base64"
+    data = [
+        Embedding(object="embedding", index=index, embedding=_base64(vector) if is_base64 else vector)
+        for index, vector in enumerate(vectors)
+    ]
+    return _json(
+        EmbeddingList(
+            object="list",
+            data=data,
+            model=command.model or model.name,
+            usage=EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
+        )
+    )
+
+
+def _ids(model: TextModel, text: TextOrIds) -> list[int]:
+    return model.encode(text) if isinstance(text, str) else text
+
+
+def _base64(vector: Sequence[float]) -> str:
+    numbers = array.array("f", vector)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return base64.b64encode(numbers.tobytes()).decode()
 
 
 def register(app: Flask, site: Site) -> None:
@@ -37,14 +168,30 @@ def register(app: Flask, site: Site) -> None:
     created = int(time.time())
 
     def list_models() -> Response:
-        return jsonify(object="list", data=[model_object(entry, created) for entry in site.models.entries()])
+        return _json(ModelList(object="list", data=[model_object(entry, created) for entry in site.models.entries()]))
 
     def get_model(model_id: str) -> Response:
         for entry in site.models.entries():
             if entry.name == model_id:
-                return jsonify(model_object(entry, created))
-        return openai_error(404, f"the model {model_id[:100]!r} does not exist", "model_not_found", "model")
+                return _json(model_object(entry, created))
+        raise ModelNotFoundError(model_id, [entry.name for entry in site.models.entries()])
 
+    def chat_completions() -> Response:
+        return _generate(site, ChatRequest)
+
+    def completions() -> Response:
+        return _generate(site, CompletionRequest)
+
+    def embeddings() -> Response:
+        return _embed(site)
+
+    views: list[tuple[str, str, Callable[..., Response]]] = [
+        ("GET", "/models", list_models),
+        ("GET", "/models/<path:model_id>", get_model),
+        ("POST", "/chat/completions", chat_completions),
+        ("POST", "/completions", completions),
+        ("POST", "/embeddings", embeddings),
+    ]
     for prefix in PREFIXES:
-        app.add_url_rule(f"{prefix}/models", f"list_models{prefix}", list_models, methods=["GET"])
-        app.add_url_rule(f"{prefix}/models/<path:model_id>", f"get_model{prefix}", get_model, methods=["GET"])
+        for method, path, view in views:
+            app.add_url_rule(f"{prefix}{path}", f"{view.__name__}{prefix}", _told(view), methods=[method])

@@ -35,7 +35,8 @@ class GenerationLimits:
     session_max_length: int = 8192  # tokens; a model's own limit applies too
     max_new_tokens: int = 1024  # of an answer whose request names no number, or a higher one
     http_max: int = 24  # HTTP requests that generate at the same time
-    temperature: float = 0.6  # when a protocol 3 request names none; 0 is greedy
+    sse_ping_interval_s: float = 10.0  # signs of life in HTTP streams; the shortest idle limits of proxies are 30 s
+    temperature: float = 0.6  # when a request of protocol 3 or an OpenAI path names none; 0 is greedy
     top_p: float = 0.9  # likewise
 
 

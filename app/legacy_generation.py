@@ -1,6 +1,6 @@
 """One `generate` of protocol 2 or of `POST /api/v1/generate`, run on a session."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,13 +55,25 @@ def legacy_sampling(request: LegacyGenerate, max_new_tokens: int) -> SamplingPar
     )
 
 
+def _never() -> bool:
+    return False
+
+
 @contextmanager
 def running(
-    session: TextSession, params: SamplingParams, on_event: EventListener | None = None
+    session: TextSession,
+    params: SamplingParams,
+    on_event: EventListener | None = None,
+    is_cancelled: Callable[[], bool] = _never,
 ) -> Iterator[Iterator[TextDelta]]:
-    """Generate; on leaving, whatever is still running ends."""
+    """Generate; on leaving, whatever is still running ends.
+
+    `is_cancelled` tells of a cancel that came before: `generate` forgets those.
+    """
     deltas = session.generate(params, on_event)
     try:
+        if is_cancelled():
+            session.cancel()
         yield deltas
     finally:
         close = getattr(deltas, "close", None)
@@ -69,8 +81,12 @@ def running(
             close()
 
 
-def legacy_replies(model: TextModel, session: TextSession, request: LegacyGenerate) -> Iterator[LegacyReply | None]:
+def legacy_replies(
+    model: TextModel, session: TextSession, request: LegacyGenerate, is_cancelled: Callable[[], bool] = _never
+) -> Iterator[LegacyReply | None]:
     """Yield the replies to a request, and None for each piece that makes none; ends early when cancelled.
+
+    `is_cancelled` tells of a cancel that came before it began.
 
     Raises SwarmError.
     """
@@ -82,7 +98,7 @@ def legacy_replies(model: TextModel, session: TextSession, request: LegacyGenera
     plan = plan_answer(request, start, session.max_length)
     answer = LegacyAnswer(_stop_rules(model, request), plan.reply_tokens)
     num_tokens = 0
-    with running(session, legacy_sampling(request, plan.max_new_tokens)) as deltas:
+    with running(session, legacy_sampling(request, plan.max_new_tokens), None, is_cancelled) as deltas:
         for delta in deltas:
             num_tokens += len(delta.token_ids)
             step = answer.feed(delta)

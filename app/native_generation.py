@@ -1,19 +1,34 @@
 """Pure: what a protocol 3 `generate` means in the client library's terms, and how its answer is measured."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.chat_protocol import Timings
 from app.config import GenerationLimits
 from app.limits import tokens_per_s
-from app.request_models import Generate
+from app.request_models import Generate, Sampling
 from swarm_client.generation.text_session import SamplingParams
 
 
 def native_sampling(request: Generate, max_new_tokens: int, limits: GenerationLimits) -> SamplingParams:
     """Return the sampling of a request, with the site's defaults where it says nothing."""
-    asked = request.params
+    return site_sampling(request.params, request.stop, max_new_tokens, limits, do_sample=request.params.do_sample)
+
+
+def site_sampling(
+    asked: Sampling,
+    stop: Sequence[str],
+    max_new_tokens: int,
+    limits: GenerationLimits,
+    *,
+    do_sample: bool | None = None,
+) -> SamplingParams:
+    """Return what was asked for in the client library's terms, with the site's defaults where it says nothing.
+
+    `do_sample` None samples unless the temperature is 0.
+    """
     temperature = limits.temperature if asked.temperature is None else asked.temperature
-    do_sample = temperature > 0 if asked.do_sample is None else asked.do_sample and temperature > 0
+    do_sample = temperature > 0 if do_sample is None else do_sample and temperature > 0
     top_p = limits.top_p if asked.top_p is None else asked.top_p
     return SamplingParams(
         max_new_tokens=max_new_tokens,
@@ -24,7 +39,7 @@ def native_sampling(request: Generate, max_new_tokens: int, limits: GenerationLi
         min_p=asked.min_p if do_sample else None,
         repetition_penalty=asked.repetition_penalty,
         seed=asked.seed,
-        stop=tuple(request.stop),
+        stop=tuple(stop),
     )
 
 

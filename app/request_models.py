@@ -16,7 +16,8 @@ MAX_MESSAGES = 1000  # far above what fits in any context
 MAX_TOKENS = 2**31 - 1
 
 
-def _none_as_default(default: object) -> BeforeValidator:
+def none_as_default(default: object) -> BeforeValidator:
+    """Take null for a field that is not there."""
     return BeforeValidator(lambda value: default if value is None else value)
 
 
@@ -35,7 +36,7 @@ def _empty_as_none(value: object) -> object:
 
 Text = Annotated[str, AfterValidator(_whole_characters)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list), _none_as_default(())]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list), none_as_default(())]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None
 RequestId = Annotated[str, Field(max_length=64)]
 
@@ -66,7 +67,7 @@ class LegacyGenerate(Sampling):
     inputs: Text | None = None
     max_new_tokens: TokenCount = None
     max_length: TokenCount = None
-    do_sample: Annotated[bool, _none_as_default(False)] = False
+    do_sample: Annotated[bool, none_as_default(False)] = False
     stop_sequence: Annotated[Stop | None, BeforeValidator(_empty_as_none)] = None
     extra_stop_sequences: Stops = Field(default_factory=list)
 
@@ -74,7 +75,7 @@ class LegacyGenerate(Sampling):
 class OneShot(LegacyGenerate):
     """The fields of `POST /api/v1/generate`; with `times` the answer says where its time went."""
 
-    times: Annotated[bool, _none_as_default(False)] = False
+    times: Annotated[bool, none_as_default(False)] = False
 
 
 class LegacyOpen(Fields):
@@ -113,9 +114,9 @@ class Generate(Fields):
 
     id: RequestId
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    params: Annotated[Params, _none_as_default({})] = Params()
+    params: Annotated[Params, none_as_default({})] = Params()
     stop: Stops = Field(default_factory=list)
-    times: Annotated[bool, _none_as_default(False)] = False
+    times: Annotated[bool, none_as_default(False)] = False
 
     def chat_messages(self) -> tuple[ChatMessage, ...]:
         """Return the conversation in the client library's terms."""
@@ -139,12 +140,13 @@ def parse_fields(kind: type[FieldsT], values: Any) -> FieldsT:
     try:
         return kind.model_validate(values)
     except (ValidationError, RecursionError) as error:
-        raise InvalidRequestError(_first_problem(error)) from None
+        raise InvalidRequestError(first_problem(error)[1]) from None
 
 
-def _first_problem(error: ValidationError | RecursionError) -> str:
+def first_problem(error: ValidationError | RecursionError) -> tuple[tuple[int | str, ...], str]:
+    """Return where the first wrong field is, and what is wrong with it, in a sentence that names it."""
     if not isinstance(error, ValidationError):
-        return "the request is nested too deeply"
+        return (), "the request is nested too deeply"
     problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(str(part) for part in problem["loc"])[:100]
-    return f"{where or 'request'}: {problem['msg']}"
+    return problem["loc"], f"{where or 'request'}: {problem['msg']}"

@@ -70,6 +70,16 @@ def is_api(path: str) -> bool:
     return path.startswith(API_PREFIXES)
 
 
+CLIENT_HEADERS = ("x-stainless-", "openai-")
+"""How the headers begin by which OpenAI's libraries describe themselves, in browsers too."""
+
+
+def _allowed_headers(req: Request) -> str:
+    asked = [name.strip() for name in req.headers.get("Access-Control-Request-Headers", "").split(",")]
+    own = [name for name in asked if name.lower().startswith(CLIENT_HEADERS) and name.replace("-", "").isalnum()]
+    return ", ".join(["Authorization", "Content-Type", "Idempotency-Key", "X-API-Key", "X-Request-ID", *own[:20]])
+
+
 def _allow_cross_origin(response: Response, config: SecurityConfig) -> None:
     origin = request.headers.get("Origin", "")
     if config.public_api:
@@ -80,8 +90,10 @@ def _allow_cross_origin(response: Response, config: SecurityConfig) -> None:
     else:
         return
     response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
-    response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-Request-ID"
-    response.headers["Access-Control-Expose-Headers"] = "X-Error-Code, X-Request-ID, Retry-After"
+    response.headers["Access-Control-Allow-Headers"] = _allowed_headers(request)
+    response.headers["Access-Control-Expose-Headers"] = (
+        "X-Error-Code, X-Request-ID, Retry-After, X-Should-Retry, X-Ignored-Params"
+    )
     response.headers["Access-Control-Max-Age"] = "86400"
 
 

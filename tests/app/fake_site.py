@@ -32,6 +32,8 @@ def make_app(config: SiteConfig, model: FakeModel) -> Flask:
             generated_tokens=model.counts.generated_tokens,
             cancels=model.counts.cancels,
             websockets=site.sockets.taken,
+            http_generations=site.http_generations.taken,
+            generating_threads=sum(thread.name == "umbel-http-generation" for thread in threading.enumerate()),
             nr_conns=_worker_connections(),
             pid=os.getpid(),
             reading_threads=sum("simple_websocket" in thread.name for thread in threading.enumerate()),

@@ -1,5 +1,6 @@
 """A scripted model behind the interfaces of `text_session`: its tokens are words, and every call is counted."""
 
+import math
 import re
 import threading
 import time
@@ -7,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from swarm_client.events import EventListener, Recovered, RouteChanged, RoutePart, SessionEvent, Waiting
-from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta
+from swarm_client.generation.text_session import ChatMessage, FinishReason, SamplingParams, TextDelta, TokenLogprobs
 from swarm_client.generation_times import GenerationTimes, HopTimes, TimeShares
 from swarm_protocol.errors import (
     CacheFullError,
+    CancelledStepError,
     InvalidRequestError,
     MaxLengthError,
     MissingBlocksError,
@@ -53,6 +55,7 @@ class FakeModel:
     missing: Sequence[str] = ()
     open_error: Exception | None = None
     error_at: tuple[int, Exception] | None = None  # raised once, before that token of a generation
+    cached_tokens: int = 0  # what a generation says of its prompt
     is_uninterruptible: bool = False  # a step sleeps `delay_s` whatever cancel() says
     counts: Counts = field(default_factory=Counts)
     seen_params: list[SamplingParams] = field(default_factory=list)
@@ -83,11 +86,53 @@ class FakeModel:
         self.sessions.append(session)
         return session
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.vocabulary[token_id].encode() if token_id < len(self.vocabulary) else b""
+
+    def embedder(self) -> "FakeEmbedder":
+        return FakeEmbedder(self)
+
     def missing_blocks(self) -> Sequence[str]:
         return self.missing
 
     def close(self) -> None:
         self.is_closed = True
+
+    def wait_until_closed(self, timeout_s: float = 10.0) -> None:
+        """Wait until no session is open."""
+        deadline_s = time.monotonic() + timeout_s
+        while self.counts.open_sessions:
+            assert time.monotonic() < deadline_s, "a session is left"
+            time.sleep(0.01)
+
+
+class FakeEmbedder:
+    """Vectors of four numbers, which depend on the text alone."""
+
+    def __init__(self, model: FakeModel) -> None:
+        self._model = model
+        self._cancelled = threading.Event()
+
+    def embed(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        if any(token >= len(self._model.vocabulary) for ids in token_ids for token in ids):
+            raise InvalidRequestError("token ids are unknown")
+        is_stuck = any(self._model.decode(ids) == "stuck" for ids in token_ids)
+        if self._cancelled.wait(WAIT_S if is_stuck else self._model.delay_s * len(token_ids)):
+            raise CancelledStepError("embedding was cancelled")
+        if self._model.error_at is not None:
+            raise self._model.error_at[1]
+        return [self._embed(ids) for ids in token_ids]
+
+    def _embed(self, ids: Sequence[int]) -> list[float]:
+        length = len(self._model.decode(ids))
+        values = [1.0, length, length % 7, length % 3]
+        norm = math.sqrt(sum(value * value for value in values))
+        return [value / norm for value in values]
+
+    def cancel(self) -> None:
+        with self._model.lock:
+            self._model.counts.cancels += 1
+        self._cancelled.set()
 
 
 class FakeSession:
@@ -146,7 +191,15 @@ class FakeSession:
     def replace_tail(self, num_tokens: int, token_ids: Sequence[int]) -> None:
         if num_tokens:
             del self.ids[-num_tokens:]
+        if any(token >= len(self.model.vocabulary) for token in token_ids):
+            raise InvalidRequestError("token ids are unknown")
+        if len(self.ids) + len(token_ids) > self._max_length:
+            raise MaxLengthError(len(self.ids), len(token_ids), self._max_length)
         self.ids.extend(token_ids)
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.model.cached_tokens if self._num_tokens else 0
 
     @property
     def times(self) -> GenerationTimes:
@@ -169,9 +222,16 @@ class FakeSession:
 
     def _generate(self, params: SamplingParams) -> Iterator[TextDelta]:
         held: list[int] = []
+
+        def delta(text: str, reason: FinishReason | None = None) -> TextDelta:
+            logprobs = (
+                () if params.logprobs is None else tuple(self._logprobs(token, params.logprobs) for token in held)
+            )
+            return TextDelta(text, tuple(held), reason, logprobs)
+
         for number in range(params.max_new_tokens):
             if self._step_is_cancelled():
-                yield TextDelta("", tuple(held), "cancelled")
+                yield delta("", "cancelled")
                 return
             self._raise_scripted(number)
             piece = self._script.pop(0) if self._script else ("x " if self.model.is_endless else EOS)
@@ -183,12 +243,16 @@ class FakeSession:
                 self.model.counts.generated_tokens += 1
             is_last = number + 1 == params.max_new_tokens
             if piece == EOS and params.stop_at_eos:
-                yield TextDelta("", tuple(held), "stop")
+                yield delta("", "stop")
                 return
             if piece.startswith("…") and not is_last:  # a character whose rest is in the next token
                 continue
-            yield TextDelta(piece, tuple(held), "length" if is_last else None)
+            yield delta(piece, "length" if is_last else None)
             held = []
+
+    def _logprobs(self, token: int, num_top: int) -> TokenLogprobs:
+        top = [(token, -0.5), *((other, -1.0 - other) for other in range(len(self.model.vocabulary)) if other != token)]
+        return TokenLogprobs(token, -0.5, tuple(top[:num_top]))
 
     def _step_is_cancelled(self) -> bool:
         if self.model.is_uninterruptible:

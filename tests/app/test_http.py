@@ -69,6 +69,11 @@ def test_one_shot_errors_are_200_unless_strict(client, model, fields, code, stat
     assert model.counts.open_sessions == 0
 
 
+def test_a_body_that_is_nested_too_deeply_is_refused(client):
+    found = client.post("/api/v1/generate?strict=1", data=b"[" * 100_000, content_type="application/json")
+    assert (found.status_code, found.json["error"]["code"]) == (400, "invalid_request")
+
+
 def test_swarm_errors_and_bugs_reach_the_client_without_a_stack(client, model):
     model.error_at = (1, CacheFullError(9, 1))
     response = client.post("/api/v1/generate?strict=1", data={"inputs": "Hi", "max_new_tokens": 5})

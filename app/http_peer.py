@@ -1,0 +1,52 @@
+"""The client at the other end of an HTTP request, seen through gunicorn's socket without taking anything from it."""
+
+import select
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+
+class PeerGoneError(Exception):
+    """The client of a request closed its connection, or takes nothing any more."""
+
+
+class HttpPeer:
+    """Belongs to the request's thread. Without gunicorn, as in tests, a client never goes."""
+
+    def __init__(self, environ: Mapping[str, Any]) -> None:
+        found = environ.get("gunicorn.socket")
+        self._sock = found if isinstance(found, socket.socket) else None
+
+    def is_gone(self) -> bool:
+        """Return whether the client closed its connection."""
+        if self._sock is None:
+            return False
+        try:
+            if not self._poll(select.POLLIN, 0.0):
+                return False
+            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except (OSError, ValueError):
+            return True
+
+    def wait_writable(self, timeout_s: float) -> None:
+        """Wait until a piece can be sent without blocking; ends the connection of a client that takes nothing.
+
+        Raises PeerGoneError then.
+        """
+        if self._sock is None:
+            return
+        try:
+            if self._poll(select.POLLOUT, timeout_s):
+                return
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except (OSError, ValueError):
+            pass
+        raise PeerGoneError
+
+    def _poll(self, what: int, timeout_s: float) -> bool:
+        assert self._sock is not None
+        poller = select.poll()  # select.select() fails for descriptors from 1024 on
+        poller.register(self._sock.fileno(), what)
+        return bool(poller.poll(timeout_s * 1000))
