@@ -4,7 +4,7 @@ from typing import cast
 
 from flask import Flask
 
-from app import api_errors, api_http, api_openai, api_ws, pages, security
+from app import api_errors, api_http, api_openai, api_openapi, api_ws, pages, security
 from app.config import SiteConfig, environment_config
 from app.model_registry import ModelRegistry, swarm_registry
 from app.site import Site
@@ -30,6 +30,7 @@ def create_app(config: SiteConfig | None = None, models: ModelRegistry | None = 
     api_ws.register(app, site)
     api_http.register(app, site)
     api_openai.register(app, site)
+    api_openapi.register(app)
     pages.register(app, site)
     security.secure(app, config.security)
     wsgi_app = with_websockets(app.wsgi_app, config.sockets.send_timeout_s)

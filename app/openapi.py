@@ -1,0 +1,254 @@
+"""Pure: the OpenAPI 3.1 description of every HTTP path of the site, made from the models that the paths use."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from pydantic.json_schema import models_json_schema
+
+from app.openai_replies import (
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    EmbeddingList,
+    ErrorBody,
+    ModelList,
+    ModelObject,
+)
+from app.openai_requests import ChatRequest, CompletionRequest, EmbeddingsRequest
+from app.request_models import OneShot
+
+Schema = dict[str, Any]
+
+PREFIXES = ("/v1", "/api/v1")
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class SiteError(_Shape):
+    """What went wrong, on paths that are not OpenAI's."""
+
+    code: str
+    message: str
+    retryable: bool
+    request_id: str | None = None
+
+
+class SiteErrorBody(_Shape):
+    """An error of a path that is not OpenAI's."""
+
+    error: SiteError
+
+
+class OneShotReply(_Shape):
+    """The answer of `POST /api/v1/generate`, or its error: both have status 200 unless `strict` is asked for."""
+
+    ok: bool
+    outputs: str | None = None
+    times: dict[str, Any] | None = None
+    traceback: str | None = None
+    error: SiteError | None = None
+
+
+class Health(_Shape):
+    """That the process lives."""
+
+    status: str
+    websockets: int
+
+
+class Readiness(_Shape):
+    """Whether visitors can be served, and the state of each model."""
+
+    status: str
+    models: dict[str, str]
+
+
+REQUESTS = (ChatRequest, CompletionRequest, EmbeddingsRequest, OneShot)
+REPLIES = (
+    ChatCompletion, ChatChunk, Completion, EmbeddingList, ModelList, ModelObject, ErrorBody, SiteErrorBody,
+    OneShotReply, Health, Readiness,
+)  # fmt: skip
+
+
+def openapi_document(version: str) -> Schema:
+    """Return the description; `version` is the site's."""
+    _, found = models_json_schema(
+        [*((model, "validation") for model in REQUESTS), *((model, "serialization") for model in REPLIES)],
+        ref_template="#/components/schemas/{model}",
+    )
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Umbel",
+            "version": version,
+            "description": "A chat site in front of a model that volunteers run together. docs/api.md has the rest.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "paths": {**_openai_paths(), **_site_paths()},
+        "components": {"schemas": found["$defs"]},
+    }
+
+
+def _ref(model: type[BaseModel]) -> Schema:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def _json(model: type[BaseModel], description: str) -> Schema:
+    return {"description": description, "content": {"application/json": {"schema": _ref(model)}}}
+
+
+def _text(description: str, kind: str = "text/plain") -> Schema:
+    return {"description": description, "content": {kind: {"schema": {"type": "string"}}}}
+
+
+def _operation(name: str, summary: str, responses: Mapping[str, Schema], **more: Any) -> Schema:
+    return {"operationId": name, "summary": summary, **more, "responses": dict(responses)}
+
+
+def _body(model: type[BaseModel], *kinds: str) -> Schema:
+    schema = {"schema": _ref(model)}
+    return {"required": True, "content": dict.fromkeys(("application/json", *kinds), schema)}
+
+
+def _parameter(name: str, place: str, description: str, **schema: Any) -> Schema:
+    return {
+        "name": name,
+        "in": place,
+        "required": place == "path",
+        "description": description,
+        "schema": schema or {"type": "string", "minLength": 1},
+    }
+
+
+_OPENAI_ERRORS = {
+    "400": _json(ErrorBody, "a field is wrong, or asks for what is not done here; `param` names it"),
+    "404": _json(ErrorBody, "there is no such model"),
+    "429": _json(ErrorBody, "a limit of the nodes; `Retry-After` says when to come back"),
+    "503": _json(ErrorBody, "no capacity, or blocks that nobody serves; `X-Should-Retry` says whether to try again"),
+    "504": _json(ErrorBody, "a node took too long"),
+    "default": _json(ErrorBody, "any other error"),
+}
+
+
+def _streamed(whole: type[BaseModel], chunk: type[BaseModel]) -> Schema:
+    """Return the response of an operation that answers with an object, or with a stream of chunks."""
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_ref(chunk), _ref(ErrorBody)]},
+    }
+    event = {
+        "type": "object",
+        "description": "one of the server-sent events; the last one's data is `[DONE]`, or an error",
+        "properties": {"event": {"const": "message"}, "data": {"anyOf": [{"const": "[DONE]"}, data]}},
+        "required": ["data"],
+    }
+    return {
+        "description": "the answer; with `stream`, as server-sent events",
+        "content": {"application/json": {"schema": _ref(whole)}, "text/event-stream": {"schema": event}},
+    }
+
+
+def _openai_paths() -> Schema:
+    paths: Schema = {}
+    for prefix in PREFIXES:
+        suffix = "" if prefix == "/v1" else "_api"
+        model_id = _parameter("model_id", "path", "the id of a model; it may contain slashes")
+        paths |= {
+            f"{prefix}/models": {
+                "get": _operation(
+                    f"list_models{suffix}", "The models of the site",
+                    {"200": _json(ModelList, "the models"), "default": _OPENAI_ERRORS["default"]},
+                )
+            },
+            f"{prefix}/models/{{model_id}}": {
+                "get": _operation(
+                    f"get_model{suffix}", "One of them",
+                    {"200": _json(ModelObject, "the model"), "404": _OPENAI_ERRORS["404"],
+                     "default": _OPENAI_ERRORS["default"]},
+                    parameters=[model_id],
+                )
+            },
+            f"{prefix}/chat/completions": {
+                "post": _operation(
+                    f"chat_completions{suffix}", "The answer to a conversation",
+                    {"200": _streamed(ChatCompletion, ChatChunk), **_OPENAI_ERRORS},
+                    requestBody=_body(ChatRequest),
+                )
+            },
+            f"{prefix}/completions": {
+                "post": _operation(
+                    f"completions{suffix}", "The continuation of texts",
+                    {"200": _streamed(Completion, Completion), **_OPENAI_ERRORS},
+                    requestBody=_body(CompletionRequest),
+                )
+            },
+            f"{prefix}/embeddings": {
+                "post": _operation(
+                    f"embeddings{suffix}", "Texts as vectors",
+                    {"200": _json(EmbeddingList, "the vectors"), **_OPENAI_ERRORS},
+                    requestBody=_body(EmbeddingsRequest),
+                )
+            },
+        }  # fmt: skip
+    return paths
+
+
+def _site_paths() -> Schema:
+    site_error = _json(SiteErrorBody, "an error")
+    plain_error = _text("an error, in one sentence")
+    strict = _parameter("strict", "query", "`1` gives errors their status", type="string", enum=["1", "true"])
+    forms = ("application/x-www-form-urlencoded", "multipart/form-data")
+    return {
+        "/api/v1/generate": {
+            "post": _operation(
+                "generate", "One continuation of one text, as Petals' chat had it",
+                {"200": _json(OneShotReply, "the continuation, or an error"),
+                 "default": _json(OneShotReply, "an error, with `strict`")},
+                requestBody=_body(OneShot, *forms), parameters=[strict],
+            )
+        },
+        "/api/v2/generate": {
+            "get": _operation(
+                "websocket", "The websocket of protocols 2 and 3; docs/api.md describes its frames",
+                {"101": {"description": "the websocket is open"}, "default": site_error},
+            )
+        },
+        "/healthz": {
+            "get": _operation(
+                "healthz", "Whether the process lives", {"200": _json(Health, "it does"), "default": plain_error}
+            )
+        },
+        "/readyz": {
+            "get": _operation(
+                "readyz", "Whether visitors can be served",
+                {"200": _json(Readiness, "they can"), "503": _json(Readiness, "not now"), "default": plain_error},
+            )
+        },
+        "/openapi.json": {
+            "get": _operation(
+                "openapi", "This description",
+                {"200": {"description": "it", "content": {"application/json": {"schema": {"type": "object"}}}},
+                 "default": plain_error},
+            )
+        },
+        "/": {
+            "get": _operation(
+                "chat_page", "The chat page", {"200": _text("the page", "text/html"), "default": plain_error}
+            )
+        },
+        "/static/{build_name}/{name}": {
+            "get": _operation(
+                "static_file", "A file of the page, under a path that changes with the content of all",
+                {"200": {"description": "the file", "content": {"*/*": {}}},
+                 "304": {"description": "it has not changed"}, "404": plain_error, "default": plain_error},
+                parameters=[
+                    _parameter("build_name", "path", "the build that the page belongs to"),
+                    _parameter("name", "path", "the path of the file; it may contain slashes"),
+                ],
+            )
+        },
+    }  # fmt: skip
