@@ -47,6 +47,8 @@ def register(app: Flask, site: Site) -> None:
     def healthz() -> Response:
         return jsonify(status="ok", websockets=site.sockets.taken)
 
+    @app.get("/v1/health", endpoint="health_v1")
+    @app.get("/api/v1/health", endpoint="health_api_v1")
     @app.get("/readyz")
     def readyz() -> Response:
         status = "draining" if site.drain.is_started else "ready" if site.models.is_ready else "loading"

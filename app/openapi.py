@@ -222,11 +222,14 @@ def _site_paths() -> Schema:
                 "healthz", "Whether the process lives", {"200": _json(Health, "it does"), "default": plain_error}
             )
         },
-        "/readyz": {
-            "get": _operation(
-                "readyz", "Whether visitors can be served",
-                {"200": _json(Readiness, "they can"), "503": _json(Readiness, "not now"), "default": plain_error},
-            )
+        **{
+            path: {
+                "get": _operation(
+                    name, "Whether visitors can be served",
+                    {"200": _json(Readiness, "they can"), "503": _json(Readiness, "not now"), "default": plain_error},
+                )
+            }
+            for path, name in (("/readyz", "readyz"), ("/v1/health", "health"), ("/api/v1/health", "health_api"))
         },
         "/openapi.json": {
             "get": _operation(
