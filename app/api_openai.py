@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 from flask import Flask, Response, request
 
@@ -20,7 +20,7 @@ from app.json_body import json_body
 from app.model_registry import ModelEntry
 from app.openai_answer import AnswerForm, ChatForm, CompletionForm, ReplyHead
 from app.openai_errors import openai_error, param_of
-from app.openai_generation import Answers, answer_prompts, prepare_prompts
+from app.openai_generation import Answers, Item, answer_prompts, prepare_prompts
 from app.openai_replies import Embedding, EmbeddingList, EmbeddingUsage, ErrorBody, ModelList, ModelObject, Reply
 from app.openai_requests import (
     ChatRequest,
@@ -34,12 +34,15 @@ from app.openai_requests import (
 from app.openai_stream import HEADERS, EventStream
 from app.security import request_is_own
 from app.site import Site
-from swarm_client.generation.text_session import TextModel
+from app.slow_object import SlowObject
+from swarm_client.generation.text_session import TextDelta, TextModel
 from swarm_protocol.errors import SwarmError
 
 logger = logging.getLogger(__name__)
 
 PREFIXES = ("/v1", "/api/v1")
+
+T = TypeVar("T")
 
 
 def model_object(entry: ModelEntry, created: int) -> ModelObject:
@@ -98,21 +101,32 @@ def _generate(site: Site, kind: type[ChatRequest] | type[CompletionRequest]) -> 
     peer, answers = HttpPeer(request.environ), Answers(form, prompts, model)
     generation = answer_prompts(site, peer, prompts)
     if command.stream:
-        stream = EventStream(site, peer, generation, answers, command, _stream_teller())
+        stream = EventStream(site, peer, generation, answers, command, _late_teller())
         response = Response(stream, headers=HEADERS)
     else:
-        for item in generation.items():
-            if item is not None:
-                answers.feed(item)
-        response = _json(answers.whole())
+
+        def feed(item: Item) -> bool:
+            answers.feed(item)
+            return isinstance(item, TextDelta)
+
+        response = _slow_json(site, peer, generation, feed, lambda: answers.whole().as_json())
     ignored = ignored_params(values)
     if ignored:
         response.headers["X-Ignored-Params"] = ", ".join(ignored)
     return response
 
 
-def _stream_teller() -> Callable[[Exception], ErrorBody]:
-    """Return what tells an error of a stream, which has no request any more when it happens."""
+def _slow_json(
+    site: Site, peer: HttpPeer, generation: Generation[T], feed: Callable[[T], bool], whole: Callable[[], str]
+) -> Response:
+    """Return an object that is made of what `generation` gives."""
+    interval_s = site.config.generation.sse_ping_interval_s
+    slow = SlowObject(peer, generation, feed, whole, interval_s, _late_teller())
+    return Response(slow.text() if slow.is_there else slow, mimetype="application/json")
+
+
+def _late_teller() -> Callable[[Exception], ErrorBody]:
+    """Return what tells an error of a body, for which there is no request any more when it happens."""
     path, request_id = request.path, current_request_id()
 
     def tell(error: Exception) -> ErrorBody:
@@ -130,25 +144,36 @@ def _embed(site: Site) -> Response:
         if not ids:
             raise ParamError(f"input.{index}: a text without tokens has no embedding", f"input.{index}")
     embedder = model.embedder()
+    vectors: list[list[float]] = []
 
     def work(generation: Generation[list[list[float]]]) -> None:
         generation.put(embedder.embed(texts))
 
-    generation = Generation(site, HttpPeer(request.environ), work, embedder.cancel, lambda: None)
-    vectors = [vector for item in generation.items() if item is not None for vector in item]
-    num_tokens = sum(map(len, texts))
+    def feed(found: list[list[float]]) -> bool:
+        vectors.extend(found)
+        return True
+
+    def whole() -> str:
+        return _embedding_list(command, model, vectors, sum(map(len, texts))).as_json()
+
+    peer = HttpPeer(request.environ)
+    generation = Generation(site, peer, work, embedder.cancel, lambda: None)
+    return _slow_json(site, peer, generation, feed, whole)
+
+
+def _embedding_list(
+    command: EmbeddingsRequest, model: TextModel, vectors: Sequence[Sequence[float]], num_tokens: int
+) -> EmbeddingList:
     is_base64 = command.encoding_format == "base64"
     data = [
-        Embedding(object="embedding", index=index, embedding=_base64(vector) if is_base64 else vector)
+        Embedding(object="embedding", index=index, embedding=_base64(vector) if is_base64 else list(vector))
         for index, vector in enumerate(vectors)
     ]
-    return _json(
-        EmbeddingList(
-            object="list",
-            data=data,
-            model=command.model or model.name,
-            usage=EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
-        )
+    return EmbeddingList(
+        object="list",
+        data=data,
+        model=command.model or model.name,
+        usage=EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
     )
 
 

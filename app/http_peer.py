@@ -1,5 +1,6 @@
 """The client at the other end of an HTTP request, seen through gunicorn's socket without taking anything from it."""
 
+import contextlib
 import select
 import socket
 from collections.abc import Mapping
@@ -37,13 +38,17 @@ class HttpPeer:
         """
         if self._sock is None:
             return
-        try:
+        with contextlib.suppress(OSError, ValueError):
             if self._poll(select.POLLOUT, timeout_s):
                 return
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except (OSError, ValueError):
-            pass
+        self.drop()
         raise PeerGoneError
+
+    def drop(self) -> None:
+        """Break the connection off, so that the client does not take what it has for all of it."""
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
 
     def _poll(self, what: int, timeout_s: float) -> bool:
         assert self._sock is not None

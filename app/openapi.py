@@ -226,7 +226,8 @@ def _site_paths() -> Schema:
             path: {
                 "get": _operation(
                     name, "Whether visitors can be served",
-                    {"200": _json(Readiness, "they can"), "503": _json(Readiness, "not now"), "default": plain_error},
+                    {"200": _json(Readiness, "they can"), "503": _json(Readiness, "not now"),
+                     "default": plain_error if path == "/readyz" else _OPENAI_ERRORS["default"]},
                 )
             }
             for path, name in (("/readyz", "readyz"), ("/v1/health", "health"), ("/api/v1/health", "health_api"))

@@ -292,6 +292,30 @@ def test_an_error_in_a_stream_is_its_last_event(client, model, error, status, co
     assert "secret" not in json.dumps(chunks)
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
+def test_an_answer_that_takes_long_begins_with_white_space(model, monkeypatch, path):
+    monkeypatch.setattr("app.slow_object.WAIT_S", 0.0)
+    monkeypatch.setattr("app.slow_object.BEGUN_WAIT_S", 0.0)
+    model.delay_s = 0.25
+    client = client_of(model, SiteConfig(generation=GenerationLimits(sse_ping_interval_s=0.0)))
+    found = client.post(path, json={**HELLO, "input": "x"})
+    assert found.status_code == 200
+    assert found.data.startswith(b"  ")
+    assert found.json["object"] in ("chat.completion", "list")
+    model.error_at = (0, ZeroDivisionError("secret"))
+    broken = client.post(path, json={**HELLO, "input": "x"})
+    assert broken.data.strip() == b""  # and the connection is broken off
+    model.wait_until_closed()
+
+
+def test_a_slow_answer_that_nobody_reads_is_ended(model, monkeypatch):
+    monkeypatch.setattr("app.slow_object.WAIT_S", 0.0)
+    model.delay_s = 20.0
+    client = client_of(model)
+    client.post(CHAT, json=HELLO).close()
+    model.wait_until_closed()
+
+
 def test_a_prompt_that_is_too_long_is_refused_as_such(client):
     found = client.post(CHAT, json={"messages": [{"role": "user", "content": "word " * 3000}]})
     assert (found.status_code, found.json["error"]["code"]) == (400, "context_length_exceeded")
