@@ -17,6 +17,7 @@ from app.errors import ModelNotFoundError, OriginError, SiteDrainingError
 from app.http_generation import Generation
 from app.http_peer import HttpPeer, PeerGoneError
 from app.json_body import json_body
+from app.limits import session_length
 from app.model_registry import ModelEntry
 from app.openai_answer import AnswerForm, ChatForm, CompletionForm, ReplyHead
 from app.openai_errors import openai_error, param_of
@@ -36,7 +37,7 @@ from app.security import request_is_own
 from app.site import Site
 from app.slow_object import SlowObject
 from swarm_client.generation.text_session import TextDelta, TextModel
-from swarm_protocol.errors import SwarmError
+from swarm_protocol.errors import MaxLengthError, SwarmError
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +141,12 @@ def _embed(site: Site) -> Response:
     command = parse_openai(EmbeddingsRequest, _body(site))
     model = site.models.find(command.model)
     texts = [_ids(model, text) for text in command.input]
+    most = session_length(None, model.max_length, site.config.generation)
     for index, ids in enumerate(texts):
         if not ids:
             raise ParamError(f"input.{index}: a text without tokens has no embedding", f"input.{index}")
+        if len(ids) > most:
+            raise MaxLengthError(0, len(ids), most)
     embedder = model.embedder()
     vectors: list[list[float]] = []
 

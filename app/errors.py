@@ -7,6 +7,7 @@ SwarmError
 ├── BusyError               busy                retryable
 ├── SessionExpiredError     session_expired     retryable
 ├── SiteDrainingError       draining            retryable
+├── ReplacedError           replaced
 └── OriginError             origin_not_allowed
 """
 
@@ -70,6 +71,15 @@ class SiteDrainingError(SwarmError):
         super().__init__("the site is restarting; connect again in some seconds")
 
 
+class ReplacedError(SwarmError):
+    """The client sent the same request again, and the later one is answered."""
+
+    code = "replaced"
+
+    def __init__(self) -> None:
+        super().__init__("a request with the same Idempotency-Key came after this one, and is answered in its place")
+
+
 class OriginError(SwarmError):
     """A page of another origin asked for something that is for this site's own pages."""
 
@@ -112,6 +122,7 @@ HTTP_STATUS = {
     "invalid_request": 400,
     "malformed_frame": 400,
     "max_length_exceeded": 400,
+    "replaced": 409,
     "frame_too_large": 413,
     "limit_exceeded": 429,
     "internal_error": 500,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from app.errors import SiteDrainingError
+from app.errors import ReplacedError, SiteDrainingError
 from app.http_peer import HttpPeer, PeerGoneError
 from app.site import Site
 
@@ -55,7 +55,7 @@ class Generation(Generic[T]):
         self._queue: queue.Queue[T | _End] = queue.Queue(MAX_QUEUED)
         self._is_cancelled = threading.Event()
         self._is_abandoned = threading.Event()
-        self._is_cut = False
+        self._ended_by: type[SiteDrainingError | ReplacedError] | None = None
 
     @property
     def is_cancelled(self) -> bool:
@@ -65,7 +65,8 @@ class Generation(Generic[T]):
     def items(self) -> Generator[T | None]:
         """Yield what `work` puts, and None whenever there was nothing for a tick. Once.
 
-        Raises what `work` raised, PeerGoneError when the client left, and SiteDrainingError when the site ended it.
+        Raises what `work` raised, PeerGoneError when the client left, SiteDrainingError when the site ended it, and
+        ReplacedError when the client sent the request again.
         However it is left, the work is cancelled and ends by itself.
         """
         try:
@@ -74,7 +75,8 @@ class Generation(Generic[T]):
             self._on_end()
             raise
         try:
-            with self._site.drain.cancelling(self._cut):
+            alone = self._site.in_flight.alone(self._peer.request_key, self._replaced)
+            with self._site.drain.cancelling(self._cut), alone:
                 yield from self._items()
         finally:
             self.abandon()
@@ -91,8 +93,8 @@ class Generation(Generic[T]):
                 if self._peer.is_gone():
                     raise PeerGoneError
             if isinstance(item, _End):
-                if self._is_cut:
-                    raise SiteDrainingError
+                if self._ended_by is not None:
+                    raise self._ended_by
                 if item.error is not None:
                     raise item.error
                 return
@@ -134,7 +136,11 @@ class Generation(Generic[T]):
     # any thread
 
     def _cut(self) -> None:
-        self._is_cut = True
+        self._ended_by = SiteDrainingError
+        self._stop()
+
+    def _replaced(self) -> None:
+        self._ended_by = ReplacedError
         self._stop()
 
     def _stop(self) -> None:

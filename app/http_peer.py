@@ -6,6 +6,8 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
+MAX_KEY_CHARS = 256
+
 
 class PeerGoneError(Exception):
     """The client of a request closed its connection, or takes nothing any more."""
@@ -17,6 +19,10 @@ class HttpPeer:
     def __init__(self, environ: Mapping[str, Any]) -> None:
         found = environ.get("gunicorn.socket")
         self._sock = found if isinstance(found, socket.socket) else None
+        key = str(environ.get("HTTP_IDEMPOTENCY_KEY", ""))[:MAX_KEY_CHARS]
+        # One client's keys are not another's: who guesses one must not end somebody else's answer.
+        self.request_key = (environ.get("REMOTE_ADDR"), environ.get("PATH_INFO"), key) if key else None
+        """By which the client knows its request, if it sends it again; None without."""
 
     def is_gone(self) -> bool:
         """Return whether the client closed its connection."""

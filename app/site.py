@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from app.config import SiteConfig
 from app.errors import NoCapacityError
+from app.in_flight import InFlight
 from app.model_registry import ModelRegistry
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class Site:
         self.models = models
         self.sockets = Places("websockets", config.sockets.ws_max)
         self.http_generations = Places("places for HTTP requests", config.generation.http_max)
+        self.in_flight = InFlight()
         self.drain = Drain(config.sockets.drain_s)
 
     @property

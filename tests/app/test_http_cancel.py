@@ -108,6 +108,22 @@ def test_the_end_of_the_site_is_told_in_a_stream(stream, model: TalkingModel) ->
     model.wait_until_closed()
 
 
+def test_a_request_that_comes_again_takes_the_place_of_the_first(model: TalkingModel) -> None:
+    app = create_app(SiteConfig(), ModelRegistry([ModelSource(model.name, lambda: model)]))
+    site_of(app).models.load()
+
+    def post(text: str, key: str, **fields: object) -> object:
+        body = {"messages": [{"role": "user", "content": text}], **fields}
+        return app.test_client().post("/v1/chat/completions", json=body, headers={"Idempotency-Key": key})
+
+    first = post("stuck", "a", stream=True)
+    assert post("hi", "b").status_code == 200
+    assert model.counts.open_sessions == 1
+    assert post("hi", "a").status_code == 200
+    assert json.loads(first.text.strip().rsplit("\n\n", 1)[-1][6:])["error"]["code"] == "replaced"
+    model.wait_until_closed()
+
+
 def test_a_stream_that_nobody_began_to_read_is_ended_too(stream, model: TalkingModel) -> None:
     stream.close()
     model.wait_until_closed()

@@ -319,7 +319,9 @@ def test_a_slow_answer_that_nobody_reads_is_ended(model, monkeypatch):
 def test_a_prompt_that_is_too_long_is_refused_as_such(client):
     found = client.post(CHAT, json={"messages": [{"role": "user", "content": "word " * 3000}]})
     assert (found.status_code, found.json["error"]["code"]) == (400, "context_length_exceeded")
-    assert client.post("/v1/completions", json={"prompt": [0] * 3000}).status_code == 400
+    for path in ("completions", "embeddings"):
+        found = client.post(f"/v1/{path}", json={"prompt": "word " * 3000, "input": "word " * 3000})
+        assert (found.status_code, found.json["error"]["code"]) == (400, "context_length_exceeded")
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/embeddings", "/api/v1/completions"])
