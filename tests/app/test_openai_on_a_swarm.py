@@ -1,5 +1,6 @@
 """The OpenAI-compatible API in front of real nodes: the same tokens as transformers, cached prompts, nothing left."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from app.model_registry import ModelRegistry, ModelSource
 from server_node.admission import Admission
 from server_node.node import Node
 from swarm_client.generation.text_model import DistributedTextModel
+from swarm_protocol.ids import short_peer
 from swarm_protocol.messages import PAGE_TOKENS
+from swarm_protocol.spans import Span
 from tests.client.test_model import Pair
 from tests.client.test_text_sessions import Words, local_text
 
@@ -50,8 +53,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         patch.setattr("server_node.node.Node", WatchedNode)
         folder, changes = tmp_path_factory.mktemp("llama"), {"max_position_embeddings": 2048}
         pair = Pair("llama", folder, changes, cache_tokens=CACHE_TOKENS, prefix_tokens=1024)
-    with pair.served:
-        yield pair
+        with pair.served:
+            yield pair
     ledgers.clear()
 
 
@@ -139,3 +142,26 @@ def test_a_client_that_leaves_frees_the_nodes_while_a_step_hangs(pair: Pair, cli
         pair.served.freeze(frozen, is_frozen=False)
     wait_until_free()
     assert client.post(CHAT, json=chat_body(ids)).status_code == 200
+
+
+def test_a_lost_node_is_told_and_changes_no_token(pair: Pair, client: FlaskClient) -> None:
+    ids, blocks = [11, 12, 13], Span(2, pair.local.config.num_hidden_layers)
+    nodes = {pair.served.nodes[1]: ledgers[1], pair.served.add_node(blocks): ledgers[2]}
+    body = chat_body(ids, stream=True, max_tokens=200, stream_options={"include_events": True})
+    pieces = client.post(CHAT, json=body).iter_encoded()
+    text, events = "", []
+    for piece in pieces:
+        if piece.startswith(b"data: {"):
+            chunk = json.loads(piece[6:])
+            assert "error" not in chunk
+            events += [chunk["umbel_event"]] if "umbel_event" in chunk else []
+            is_first = not text
+            text += chunk["choices"][0]["delta"].get("content", "")
+            if is_first and text:  # at most the queue's 64 tokens are ahead
+                (peer,) = [part["peer"] for part in events[-1]["route"] if part["blocks"] == str(blocks)]
+                (lost,) = [node for node in nodes if short_peer(node) == peer]
+                pair.served.kill(lost)
+                ledgers.remove(nodes[lost])
+    assert text == local_text(pair, [*ids, 90, 91], 200)
+    assert "recovered" in [event["type"] for event in events]
+    assert peer in [part["peer"] for event in events[1:] if event["type"] == "route_changed" for part in event["left"]]
