@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from swarm_client.config import ClientConfig
     from swarm_client.events import Recovered, RouteChanged, RoutePart, Waiting
-    from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta, TextModel, TextSession
+    from swarm_client.generation.text_session import (
+        ChatMessage,
+        SamplingParams,
+        TextDelta,
+        TextModel,
+        TextSession,
+        TokenLogprobs,
+    )
     from swarm_client.generation_times import GenerationTimes
     from swarm_client.inference_session import InferenceSession
     from swarm_client.model import AutoDistributedModelForCausalLM, DistributedCausalLM
@@ -40,6 +47,7 @@ __all__ = [
     "TextDelta",
     "TextModel",
     "TextSession",
+    "TokenLogprobs",
     "Waiting",
     "open_text_model",
 ]
@@ -60,6 +68,7 @@ _HOMES = {
     "TextDelta": "swarm_client.generation.text_session",
     "TextModel": "swarm_client.generation.text_session",
     "TextSession": "swarm_client.generation.text_session",
+    "TokenLogprobs": "swarm_client.generation.text_session",
     "Waiting": "swarm_client.events",
     "open_text_model": "swarm_client.text_models",
 }
