@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from app.openai_replies import (
@@ -48,7 +48,7 @@ class OneShotReply(_Shape):
     ok: bool
     outputs: str | None = None
     times: dict[str, Any] | None = None
-    traceback: str | None = None
+    traceback: str | None = Field(default=None, title="Error", description="one line: the error's kind and message")
     error: SiteError | None = None
 
 
