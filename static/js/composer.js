@@ -36,6 +36,7 @@ export class Composer {
       this.focus();
     });
     addEventListener('resize', () => this.#adjust());
+    this.#field.disabled = false; // the template's, for those who type before there is anybody to read it
     this.#adjust();
   }
 

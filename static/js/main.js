@@ -5,12 +5,15 @@ import { Connection } from './connection.js';
 import { ask, askAgain, contextUse, emptyConversation, fail, isGenerating, receive, toSend } from './conversation.js';
 import { byId, h } from './dom.js';
 import { byteLength, cancelFrame, generateFrame } from './frames.js';
+import { t } from './i18n.js';
+import { setLanguage } from './language.js';
 import { MessageView } from './render.js';
 import { Follower } from './scroll.js';
 import { contextText, errorText, modelText, noticeText } from './texts.js';
 import { setUpTheme } from './theme.js';
 
 const config = JSON.parse(byId('config').textContent);
+await setLanguage(config.languages);
 const model = config.models[0] ?? null;
 
 let conversation = emptyConversation();
@@ -49,7 +52,7 @@ function retry() {
 
 function start(next) {
   error = null;
-  byId('status').textContent = 'Generating';
+  byId('status').textContent = t('status.generating');
   change(next);
   follower.toEnd();
   const frame = generateFrame(conversation.generationId, toSend(conversation));
@@ -70,7 +73,7 @@ function newChat() {
   if (isGenerating(conversation)) connection.sendNow(cancelFrame(conversation.generationId));
   error = null;
   conversation = emptyConversation();
-  byId('status').textContent = 'New chat';
+  byId('status').textContent = t('chat.new');
   paintSoon();
   composer.focus();
 }
@@ -105,7 +108,7 @@ function announceNotice(before, now) {
 function announceEnd() {
   const last = conversation.messages.at(-1);
   if (error || !last) return;
-  byId('status').textContent = last.state === 'stopped' ? 'Stopped' : `Answer complete. ${last.content}`;
+  byId('status').textContent = last.state === 'stopped' ? t('status.stopped') : t('status.complete', { text: last.content });
 }
 
 function paintSoon() {
@@ -139,7 +142,7 @@ function paintMessages() {
   for (const message of conversation.messages) {
     let view = views.get(message.key);
     if (!view) {
-      view = new MessageView(message.role, (isCopied) => (byId('status').textContent = isCopied ? 'Copied' : 'Copying is not allowed here'));
+      view = new MessageView(message.role, (isCopied) => (byId('status').textContent = isCopied ? t('status.copied') : t('status.copy_refused')));
       views.set(message.key, view);
       byId('messages').append(view.element);
     }
@@ -154,8 +157,8 @@ function paintAlert() {
   paintedError = error;
   if (!error) return byId('alerts').replaceChildren();
   const button = error.code === 'max_length_exceeded'
-    ? h('button', { type: 'button', class: 'text-button', onclick: newChat }, 'New chat')
-    : h('button', { type: 'button', class: 'text-button', onclick: retry }, 'Retry');
+    ? h('button', { type: 'button', class: 'text-button', onclick: newChat }, t('chat.new'))
+    : h('button', { type: 'button', class: 'text-button', onclick: retry }, t('chat.retry'));
   byId('alerts').replaceChildren(h('div', { class: 'alert', role: 'alert' }, h('p', {}, errorText(error)), button));
 }
 
@@ -169,7 +172,7 @@ addEventListener('keydown', (event) => {
   }
 });
 setUpTheme(byId('theme'));
-byId('model-name').textContent = model ? modelText(model.id) : 'no model';
+byId('model-name').textContent = model ? modelText(model.id) : t('page.no_model');
 byId('model-name').title = model?.id ?? '';
 if (matchMedia('(pointer: fine)').matches) composer.focus();
 paint();

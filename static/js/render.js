@@ -2,6 +2,7 @@
 
 import { AnswerView } from './answer.js';
 import { h, icon } from './dom.js';
+import { t } from './i18n.js';
 import { hopRows, noticeText, noticeTimeText, outcomeText, recoveredText, timesRows } from './texts.js';
 
 const COPY = 'M9 9h10v11H9zM5 15V4h10';
@@ -20,10 +21,10 @@ export class MessageView {
   #answer = null;
 
   constructor(role, onCopy) {
-    const name = role === 'user' ? 'You' : 'Umbel';
+    const name = t(`role.${role}`);
     this.element = h('article', { class: `message ${role}`, 'aria-label': name }, this.#body, this.#foot);
     if (role === 'user') return;
-    this.#foot.append(copyButton('Copy answer', () => this.#message.content, onCopy), this.#stats);
+    this.#foot.append(copyButton(t('answer.copy'), () => this.#message.content, onCopy), this.#stats);
     this.#foot.before(this.#notice);
     this.element.append(this.#times);
   }
@@ -67,7 +68,7 @@ export class MessageView {
 }
 
 function codeBlock(language, code) {
-  const bar = h('div', { class: 'code-bar' }, h('span', {}, language || 'code'), copyButton('Copy code', () => code.textContent));
+  const bar = h('div', { class: 'code-bar' }, h('span', {}, language || t('answer.code')), copyButton(t('answer.copy_code'), () => code.textContent));
   return h('figure', { class: 'code', dir: 'ltr' }, bar, h('pre', { tabindex: '0' }, code));
 }
 
@@ -91,12 +92,12 @@ function dots() {
 }
 
 function emptyText(state) {
-  return state === 'stopped' ? 'Stopped before the first word.' : state === 'failed' ? 'No answer.' : 'The answer is empty.';
+  return t(state === 'stopped' ? 'answer.stopped_empty' : state === 'failed' ? 'answer.none' : 'answer.empty');
 }
 
 function statsText(message) {
   const { state, outcome } = message;
-  const ending = outcome ? outcomeText(outcome) : state === 'failed' ? 'broken off' : '';
+  const ending = outcome ? outcomeText(outcome) : state === 'failed' ? t('answer.broken_off') : '';
   return [ending, recoveredText(message)].filter(Boolean).join(' · ');
 }
 
@@ -104,9 +105,9 @@ function statsText(message) {
 function timesReport(times) {
   if (!times?.tokens) return [];
   const hops = hopRows(times);
-  const tables = [table(['', 'First token', 'A token', 'All'], timesRows(times))];
-  if (hops.length) tables.push(table(['A token at', 'Computing', 'Network'], hops));
-  return [h('details', { class: 'times' }, h('summary', {}, 'Where the time went'), h('div', { class: 'tables', tabindex: '0', role: 'group', 'aria-label': 'Where the time went' }, ...tables))];
+  const tables = [table(['', t('times.first'), t('times.token'), t('times.all')], timesRows(times))];
+  if (hops.length) tables.push(table([t('times.token_at'), t('times.compute'), t('times.wire')], hops));
+  return [h('details', { class: 'times' }, h('summary', {}, t('times.title')), h('div', { class: 'tables', tabindex: '0', role: 'group', 'aria-label': t('times.title') }, ...tables))];
 }
 
 function table(head, rows) {

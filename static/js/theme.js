@@ -1,5 +1,7 @@
 /** Light or dark: as the system says, until the person chooses; the choice stays in this browser. */
 
+import { t } from './i18n.js';
+
 const KEY = 'umbel-theme';
 
 function stored() {
@@ -22,7 +24,7 @@ function store(theme) {
 export function setUpTheme(button) {
   const system = matchMedia('(prefers-color-scheme: dark)');
   const current = () => document.documentElement.dataset.theme ?? (system.matches ? 'dark' : 'light');
-  const label = () => button.setAttribute('aria-label', current() === 'dark' ? 'Change to light colours' : 'Change to dark colours');
+  const label = () => button.setAttribute('aria-label', t(current() === 'dark' ? 'theme.to_light' : 'theme.to_dark'));
   const found = stored();
   if (found === 'dark' || found === 'light') document.documentElement.dataset.theme = found;
   label();

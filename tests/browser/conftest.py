@@ -60,6 +60,7 @@ def page(context: BrowserContext, site: SiteProcess) -> Iterator[Page]:
     found.on("pageerror", lambda error: problems.append(str(error)))
     found.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     found.goto(site.url)
+    found.wait_for_selector("#prompt:enabled")  # the language has come, and the page is at work
     yield found
     assert found.evaluate("violations") == []
     assert {host.rsplit(":", 1)[0] for host in hosts if host} == {"127.0.0.1"}

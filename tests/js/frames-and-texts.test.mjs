@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
+import './english.mjs';
 import { backoffMs, byteLength, generateFrame, openFrame, parseFrame, reconnectsAfter } from '../../static/js/frames.js';
 import {
   blocksText, contextText, errorText, hopRows, modelText, noticeText, noticeTimeText, outcomeText, recoveredText, shortNumber,
