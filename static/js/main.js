@@ -2,7 +2,7 @@
 
 import { Composer } from './composer.js';
 import { Connection } from './connection.js';
-import { ask, askAgain, contextUse, emptyConversation, fail, isGenerating, receive, toSend } from './conversation.js';
+import { ask, askAgain, contextUse, edit, emptyConversation, fail, isGenerating, lastShown, receive, toSend } from './conversation.js';
 import { byId, h } from './dom.js';
 import { byteLength, cancelFrame, generateFrame } from './frames.js';
 import { t } from './i18n.js';
@@ -11,6 +11,7 @@ import { MessageView } from './render.js';
 import { Follower } from './scroll.js';
 import { contextText, errorText, modelText, noticeText } from './texts.js';
 import { setUpTheme } from './theme.js';
+import { find, path, switchVersion, version } from './tree.js';
 
 const config = JSON.parse(byId('config').textContent);
 await setLanguage(config.languages);
@@ -34,9 +35,11 @@ function newId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, '0')).join('');
 }
 
+const answerOf = (found) => find(found, found.answerKey);
+
 function change(next) {
   const wasGenerating = isGenerating(conversation);
-  announceNotice(conversation.messages.at(-1)?.notice, next.messages.at(-1)?.notice);
+  announceNotice(answerOf(conversation)?.notice, answerOf(next)?.notice);
   conversation = next;
   if (wasGenerating && !isGenerating(next)) announceEnd();
   paintSoon();
@@ -49,6 +52,19 @@ function send(text) {
 function retry() {
   start(askAgain(conversation, newId()));
 }
+
+const messageHandlers = {
+  onCopied: (isCopied) => (byId('status').textContent = t(isCopied ? 'status.copied' : 'status.copy_refused')),
+  onEdit: (key, text) => start(edit(conversation, key, text, newId())),
+  onRegenerate: (key) => start(askAgain(conversation, newId(), key)),
+  onSwitch(key, step) {
+    error = null;
+    const next = switchVersion(conversation, key, step);
+    const shown = version(next, path(next).find(({ parent }) => parent === find(next, key).parent));
+    byId('status').textContent = t('version.shown', { index: shown.index + 1, count: shown.count });
+    change(next);
+  },
+};
 
 function start(next) {
   error = null;
@@ -79,7 +95,7 @@ function newChat() {
 }
 
 function failWith(problem) {
-  const notice = conversation.messages.at(-1)?.notice;
+  const notice = answerOf(conversation)?.notice;
   error = { ...problem, blocks: notice?.kind === 'waiting' ? notice.blocks : [] };
   byId('status').textContent = ''; // the alert speaks
   change(fail(conversation));
@@ -106,7 +122,7 @@ function announceNotice(before, now) {
 }
 
 function announceEnd() {
-  const last = conversation.messages.at(-1);
+  const last = answerOf(conversation);
   if (error || !last) return;
   byId('status').textContent = last.state === 'stopped' ? t('status.stopped') : t('status.complete', { text: last.content });
 }
@@ -133,20 +149,22 @@ function paint() {
 }
 
 function paintMessages() {
-  const known = new Set(conversation.messages.map(({ key }) => key));
+  const shown = path(conversation);
+  const known = new Set(shown.map(({ key }) => key));
   for (const [key, view] of views) {
     if (known.has(key)) continue;
     view.element.remove();
     views.delete(key);
   }
-  for (const message of conversation.messages) {
+  const isBusy = isGenerating(conversation);
+  for (const message of shown) {
     let view = views.get(message.key);
     if (!view) {
-      view = new MessageView(message.role, (isCopied) => (byId('status').textContent = isCopied ? t('status.copied') : t('status.copy_refused')));
+      view = new MessageView(message.role, messageHandlers);
       views.set(message.key, view);
       byId('messages').append(view.element);
     }
-    view.update(message);
+    view.update(message, { ...version(conversation, message), isBusy });
   }
 }
 

@@ -1,18 +1,16 @@
 /** Messages as elements: only what changed is touched, and only text is ever inserted. */
 
 import { AnswerView } from './answer.js';
-import { h, icon } from './dom.js';
+import { h } from './dom.js';
 import { t } from './i18n.js';
+import { copyButton, editForm, MessageActions } from './message-actions.js';
 import { hopRows, noticeText, noticeTimeText, outcomeText, recoveredText, timesRows } from './texts.js';
-
-const COPY = 'M9 9h10v11H9zM5 15V4h10';
-const CHECK = 'M5 12.5l4.5 4.5L19 7.5';
 
 /** One message on the page; `update` brings it to a new state. */
 export class MessageView {
   #body = h('div', { class: 'body', dir: 'auto' });
-  #foot = h('div', { class: 'foot' });
-  #stats = h('span', { class: 'stats' });
+  #actions;
+  #form = null;
   #noticeText = h('span');
   #noticeTime = h('span', { class: 'notice-time' });
   #notice = h('div', { class: 'route-notice', hidden: true }, h('span', { class: 'pulse', 'aria-hidden': 'true' }), this.#noticeText, this.#noticeTime);
@@ -20,16 +18,41 @@ export class MessageView {
   #message = null;
   #answer = null;
 
-  constructor(role, onCopy) {
-    const name = t(`role.${role}`);
-    this.element = h('article', { class: `message ${role}`, 'aria-label': name }, this.#body, this.#foot);
+  /** `handlers` are those of MessageActions, but `onEdit(key, content)` comes when an edited text is to be sent. */
+  constructor(role, handlers) {
+    const startEdit = (message) => this.edit((text) => handlers.onEdit(message.key, text));
+    this.#actions = new MessageActions(role, { ...handlers, onEdit: startEdit });
+    this.element = h('article', { class: `message ${role}`, 'aria-label': t(`role.${role}`) }, this.#body, this.#actions.element);
     if (role === 'user') return;
-    this.#foot.append(copyButton(t('answer.copy'), () => this.#message.content, onCopy), this.#stats);
-    this.#foot.before(this.#notice);
+    this.#actions.element.before(this.#notice);
     this.element.append(this.#times);
   }
 
-  update(message) {
+  /** Turn the message into a form, until it is sent or left. */
+  edit(onSend) {
+    const hadForm = this.#form !== null;
+    this.#endEdit();
+    if (hadForm) return;
+    this.#form = editForm(
+      this.#message.content,
+      (text) => {
+        this.#endEdit();
+        onSend(text);
+      },
+      () => this.#endEdit(),
+    );
+    this.element.prepend(this.#form);
+    this.element.classList.add('is-edited');
+  }
+
+  #endEdit() {
+    this.#form?.remove();
+    this.#form = null;
+    this.element.classList.remove('is-edited');
+  }
+
+  update(message, place) {
+    this.#actions.update(message, place);
     if (message === this.#message) return;
     const isNewText = message.content !== this.#message?.content || message.state !== this.#message?.state;
     const isNewReport = message.outcome?.times !== this.#message?.outcome?.times;
@@ -38,8 +61,7 @@ export class MessageView {
     this.element.setAttribute('aria-busy', String(message.state === 'waiting' || message.state === 'streaming'));
     if (isNewText) this.#renderText(message);
     if (message.role !== 'assistant') return;
-    this.#foot.hidden = message.content === '' && message.outcome === null;
-    this.#stats.textContent = statsText(message);
+    this.#actions.stats.textContent = statsText(message);
     this.#renderNotice(message.notice);
     if (isNewReport) this.#times.replaceChildren(...timesReport(message.outcome?.times));
   }
@@ -70,21 +92,6 @@ export class MessageView {
 function codeBlock(language, code) {
   const bar = h('div', { class: 'code-bar' }, h('span', {}, language || t('answer.code')), copyButton(t('answer.copy_code'), () => code.textContent));
   return h('figure', { class: 'code', dir: 'ltr' }, bar, h('pre', { tabindex: '0' }, code));
-}
-
-function copyButton(label, text, onCopy = () => {}) {
-  const button = h('button', { type: 'button', class: 'icon-button small', 'aria-label': label, title: label }, icon(COPY));
-  button.addEventListener('click', async () => {
-    try {
-      await navigator.clipboard.writeText(text());
-    } catch {
-      return onCopy(false);
-    }
-    button.replaceChildren(icon(CHECK));
-    setTimeout(() => button.replaceChildren(icon(COPY)), 1500);
-    onCopy(true);
-  });
-  return button;
 }
 
 function dots() {

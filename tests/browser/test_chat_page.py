@@ -7,7 +7,6 @@ import signal
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.app.fake_swarm import ANSWER
 from tests.app.site_process import SiteProcess, running_site
 
 pytestmark = pytest.mark.browser
@@ -200,15 +199,6 @@ def test_the_end_is_followed_only_by_readers_who_are_there(page: Page) -> None:
     expect(page.get_by_role("button", name="Latest")).to_be_hidden()
     page.keyboard.press("Escape")
     expect(answer(page)).to_contain_text("stopped")
-
-
-def test_an_answer_is_copied_as_it_was_written(page: Page, site: SiteProcess) -> None:
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=site.url)
-    ask(page, "hi")
-    wait_for_end(page)
-    page.get_by_role("button", name="Copy answer").click()
-    expect(page.get_by_role("status")).to_have_text("Copied")
-    assert page.evaluate("navigator.clipboard.readText()") == ANSWER
 
 
 def test_a_lost_connection_is_told_and_a_site_that_comes_back_is_found(page: Page) -> None:

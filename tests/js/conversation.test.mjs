@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { ask, askAgain, contextUse, emptyConversation, fail, isGenerating, receive, toSend } from '../../static/js/conversation.js';
+import { ask, askAgain, contextUse, edit, emptyConversation, fail, isGenerating, receive, toSend } from '../../static/js/conversation.js';
+import { switchVersion } from '../../static/js/tree.js';
 
 const delta = (seq, text, id = 'g') => ({ type: 'delta', id, seq, text, tokens: 1 });
 const done = (reason = 'stop', id = 'g') => ({
@@ -99,4 +100,29 @@ test('an end and an error take the notice away and keep the text', () => {
     assert.equal(last(ended).notice, null);
     assert.equal(last(ended).content, 'a');
   }
+});
+
+const said = (conversation) => toSend(conversation).map(({ content }) => content);
+
+test('another answer is a version beside the first, and what came behind that stays there', () => {
+  const two = receive(receive(ask(after(delta(0, 'a'), done()), 'more', 'h'), delta(0, 'b', 'h')), done('stop', 'h'));
+  const again = askAgain(two, 'i', 2);
+  assert.deepEqual(said(again), ['hi']);
+  const other = receive(receive(again, delta(0, 'A', 'i')), done('stop', 'i'));
+  assert.deepEqual(said(other), ['hi', 'A']);
+  assert.deepEqual(said(switchVersion(other, 5, -1)), ['hi', 'a', 'more', 'b']);
+});
+
+test('an edited message starts another branch', () => {
+  const edited = edit(after(delta(0, 'a'), done()), 1, 'ho', 'h');
+  assert.deepEqual(said(edited), ['ho']);
+  assert.deepEqual(said(switchVersion(edited, 3, -1)), ['hi', 'a']);
+  assert.equal(receive(edited, delta(0, 'b', 'h')).messages.at(-1).parent, 3);
+});
+
+test('text goes to the answer that it belongs to, whatever is shown', () => {
+  const again = switchVersion(askAgain(after(delta(0, 'a'), done()), 'h'), 3, -1);
+  const grown = receive(again, delta(0, 'b', 'h'));
+  assert.deepEqual(said(grown), ['hi', 'a']);
+  assert.deepEqual(said(switchVersion(grown, 2, 1)), ['hi', 'b']);
 });
