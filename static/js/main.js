@@ -1,130 +1,82 @@
-/** The chat page: events of the person and of the site change the conversation; once a frame it is painted. */
+/** The chat page: puts its parts together, and paints at most once a frame. */
 
+import { Chat } from './chat.js';
 import { Composer } from './composer.js';
 import { Connection } from './connection.js';
-import { ask, askAgain, contextUse, edit, emptyConversation, fail, isGenerating, lastShown, receive, toSend } from './conversation.js';
+import { contextUse } from './conversation.js';
 import { byId, h } from './dom.js';
-import { byteLength, cancelFrame, generateFrame } from './frames.js';
+import { setUpFiles } from './files.js';
 import { t } from './i18n.js';
 import { setLanguage } from './language.js';
+import { Library } from './library.js';
 import { MessageView } from './render.js';
 import { Follower } from './scroll.js';
-import { contextText, errorText, modelText, noticeText } from './texts.js';
+import { Sidebar } from './sidebar.js';
+import { contextText, errorText, modelText } from './texts.js';
 import { setUpTheme } from './theme.js';
-import { find, path, switchVersion, version } from './tree.js';
+import { path, version } from './tree.js';
 
 const config = JSON.parse(byId('config').textContent);
-await setLanguage(config.languages);
+const library = new Library();
+await Promise.all([setLanguage(config.languages), library.open()]);
 const model = config.models[0] ?? null;
 
-let conversation = emptyConversation();
 let maxLength = model?.context_length ? Math.min(model.context_length, config.session_max_length) : 0;
-let error = null; // what the alert shows: {code, message, retryable}
 let isPaintDue = false;
+let paintedError = null;
+let paintedId = null;
 /** @type {Map<number, MessageView>} */
 const views = new Map();
 
+const say = (text) => (byId('status').textContent = text);
 const follower = new Follower(byId('scroller'), byId('to-end'));
 const socketUrl = new URL(config.socket_path, location.href);
 socketUrl.protocol = location.protocol === 'https:' ? 'wss:' : 'ws:';
 const connection = new Connection(socketUrl.href, config.ping_interval_s);
 connection.model = model?.id ?? null;
-const composer = new Composer({ onSend: send, onStop: stop, onType: () => connection.connect() });
+const chat = new Chat({ connection, library, maxFrameBytes: config.max_frame_bytes, say });
+const sidebar = new Sidebar({ library, currentId: () => chat.conversation.id, onRename, onDelete, say });
+setUpFiles({ library, current: () => chat.conversation, say, onImported: () => show(library.get(chat.conversation.id)) });
 
-function newId() {
-  return Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, '0')).join('');
-}
-
-const answerOf = (found) => find(found, found.answerKey);
-
-function change(next) {
-  const wasGenerating = isGenerating(conversation);
-  announceNotice(answerOf(conversation)?.notice, answerOf(next)?.notice);
-  conversation = next;
-  if (wasGenerating && !isGenerating(next)) announceEnd();
-  paintSoon();
-}
-
-function send(text) {
-  start(ask(conversation, text, newId()));
-}
-
-function retry() {
-  start(askAgain(conversation, newId()));
-}
-
-const messageHandlers = {
-  onCopied: (isCopied) => (byId('status').textContent = t(isCopied ? 'status.copied' : 'status.copy_refused')),
-  onEdit: (key, text) => start(edit(conversation, key, text, newId())),
-  onRegenerate: (key) => start(askAgain(conversation, newId(), key)),
-  onSwitch(key, step) {
-    error = null;
-    const next = switchVersion(conversation, key, step);
-    const shown = version(next, path(next).find(({ parent }) => parent === find(next, key).parent));
-    byId('status').textContent = t('version.shown', { index: shown.index + 1, count: shown.count });
-    change(next);
-  },
-};
-
-function start(next) {
-  error = null;
-  byId('status').textContent = t('status.generating');
-  change(next);
+chat.addEventListener('change', paintSoon);
+chat.addEventListener('start', () => {
   follower.toEnd();
-  const frame = generateFrame(conversation.generationId, toSend(conversation));
-  if (byteLength(frame) > config.max_frame_bytes) return failWith({ code: 'frame_too_large', retryable: false });
-  connection.send(frame);
-}
-
-function stop() {
-  if (!isGenerating(conversation)) return;
-  const id = conversation.generationId;
-  const end = () => change(receive(conversation, { type: 'done', id, finish_reason: 'cancelled' }));
-  // The site confirms within a step; a person need not wait for a step that hangs.
-  if (connection.sendNow(cancelFrame(id))) setTimeout(end, 3000);
-  else end();
-}
-
-function newChat() {
-  if (isGenerating(conversation)) connection.sendNow(cancelFrame(conversation.generationId));
-  error = null;
-  conversation = emptyConversation();
-  byId('status').textContent = t('chat.new');
+  if (!chat.conversation.isTemporary && location.hash !== `#${chat.conversation.id}`) history.replaceState(null, '', `#${chat.conversation.id}`);
+});
+connection.addEventListener('event', ({ detail: event }) => {
+  if (event.type !== 'opened') return;
+  maxLength = event.limits?.max_length ?? maxLength;
   paintSoon();
+});
+
+function newChat({ isTemporary = false } = {}) {
+  if (location.hash) history.pushState(null, '', location.pathname + location.search);
+  chat.open(library.create({ isTemporary }));
+  say(t(isTemporary ? 'temporary.note' : 'chat.new'));
+  sidebar.makeRoom();
   composer.focus();
 }
 
-function failWith(problem) {
-  const notice = answerOf(conversation)?.notice;
-  error = { ...problem, blocks: notice?.kind === 'waiting' ? notice.blocks : [] };
-  byId('status').textContent = ''; // the alert speaks
-  change(fail(conversation));
+/** Show the conversation that the address names, or an empty one. */
+function openFromAddress() {
+  const record = library.get(location.hash.slice(1));
+  if (record?.id === chat.conversation.id) return;
+  chat.open(record ?? library.create());
+  sidebar.makeRoom();
 }
 
-connection.addEventListener('event', ({ detail: event }) => {
-  if (event.type === 'opened') {
-    maxLength = event.limits?.max_length ?? maxLength;
-    return paintSoon();
-  }
-  const isMine = event.id == null || event.id === conversation.generationId;
-  if (event.type === 'error' && isGenerating(conversation) && isMine) return failWith(event);
-  change(receive(conversation, event));
-});
-
-connection.addEventListener('lost', ({ detail: { wasWaiting } }) => {
-  if (!isGenerating(conversation)) return;
-  failWith({ code: wasWaiting ? 'unreachable' : 'disconnected', retryable: true });
-});
-
-/** Say what happens to the answer when that changes, and not every second that a wait takes. */
-function announceNotice(before, now) {
-  if (now && (!before || noticeText(before) !== noticeText(now))) byId('status').textContent = noticeText(now);
+/** Show what an import changed. */
+function show(record) {
+  if (record && record !== chat.conversation && !chat.isGenerating) chat.open(record);
 }
 
-function announceEnd() {
-  const last = answerOf(conversation);
-  if (error || !last) return;
-  byId('status').textContent = last.state === 'stopped' ? t('status.stopped') : t('status.complete', { text: last.content });
+function onRename(id, name) {
+  if (id === chat.conversation.id) chat.set({ name });
+  else library.rename(id, name);
+}
+
+function onDelete(id) {
+  if (id === null || id === chat.conversation.id) newChat();
 }
 
 function paintSoon() {
@@ -135,10 +87,15 @@ function paintSoon() {
 
 function paint() {
   isPaintDue = false;
-  paintMessages();
+  const { conversation } = chat;
+  if (conversation.id !== paintedId) clear(conversation.id);
+  paintMessages(conversation);
   paintAlert();
   byId('welcome').hidden = conversation.messages.length > 0;
-  composer.isGenerating = isGenerating(conversation);
+  byId('temporary').setAttribute('aria-pressed', String(conversation.isTemporary));
+  byId('temporary-note').hidden = !conversation.isTemporary;
+  byId('export-markdown').disabled = conversation.messages.length === 0;
+  composer.isGenerating = chat.isGenerating;
   const use = contextUse(conversation, maxLength);
   byId('context').hidden = use === null;
   if (use) {
@@ -148,7 +105,22 @@ function paint() {
   follower.follow();
 }
 
-function paintMessages() {
+function clear(id) {
+  paintedId = id;
+  for (const view of views.values()) view.element.remove();
+  views.clear();
+  sidebar.paintSoon();
+  follower.toEnd();
+}
+
+const messageHandlers = {
+  onCopied: (isCopied) => say(t(isCopied ? 'status.copied' : 'status.copy_refused')),
+  onEdit: (key, text) => chat.edit(key, text),
+  onRegenerate: (key) => chat.again(key),
+  onSwitch: (key, step) => chat.switchVersion(key, step),
+};
+
+function paintMessages(conversation) {
   const shown = path(conversation);
   const known = new Set(shown.map(({ key }) => key));
   for (const [key, view] of views) {
@@ -156,7 +128,6 @@ function paintMessages() {
     view.element.remove();
     views.delete(key);
   }
-  const isBusy = isGenerating(conversation);
   for (const message of shown) {
     let view = views.get(message.key);
     if (!view) {
@@ -164,25 +135,26 @@ function paintMessages() {
       views.set(message.key, view);
       byId('messages').append(view.element);
     }
-    view.update(message, { ...version(conversation, message), isBusy });
+    view.update(message, { ...version(conversation, message), isBusy: chat.isGenerating });
   }
 }
 
-let paintedError = null;
-
 function paintAlert() {
+  const { error } = chat;
   if (error === paintedError) return;
   paintedError = error;
   if (!error) return byId('alerts').replaceChildren();
-  const button = error.code === 'max_length_exceeded'
-    ? h('button', { type: 'button', class: 'text-button', onclick: newChat }, t('chat.new'))
-    : h('button', { type: 'button', class: 'text-button', onclick: retry }, t('chat.retry'));
+  const isFull = error.code === 'max_length_exceeded';
+  const button = h('button', { type: 'button', class: 'text-button', onclick: () => (isFull ? newChat() : chat.again()) }, t(isFull ? 'chat.new' : 'chat.retry'));
   byId('alerts').replaceChildren(h('div', { class: 'alert', role: 'alert' }, h('p', {}, errorText(error)), button));
 }
 
-byId('new-chat').addEventListener('click', newChat);
+byId('new-chat').addEventListener('click', () => newChat());
+byId('temporary').addEventListener('click', () => newChat({ isTemporary: !chat.conversation.isTemporary }));
+addEventListener('hashchange', openFromAddress);
+addEventListener('popstate', openFromAddress);
 addEventListener('keydown', (event) => {
-  if (event.key === 'Escape' && isGenerating(conversation) && !event.isComposing) stop();
+  if (event.key === 'Escape' && chat.isGenerating && !event.isComposing) chat.stop();
   else if (event.key === 'Escape' && event.shiftKey) composer.focus();
   else if (event.key.toLowerCase() === 'o' && event.shiftKey && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
@@ -192,5 +164,8 @@ addEventListener('keydown', (event) => {
 setUpTheme(byId('theme'));
 byId('model-name').textContent = model ? modelText(model.id) : t('page.no_model');
 byId('model-name').title = model?.id ?? '';
+const composer = new Composer({ onSend: (text) => chat.send(text), onStop: () => chat.stop(), onType: () => connection.connect() });
+openFromAddress();
+sidebar.paint();
 if (matchMedia('(pointer: fine)').matches) composer.focus();
 paint();

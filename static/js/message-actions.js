@@ -10,6 +10,7 @@ const ICONS = {
   again: 'M19 12a7 7 0 1 1-2.5-5.4M19 4v4h-4',
   previous: 'M14 6l-6 6 6 6',
   next: 'M10 6l6 6-6 6',
+  delete: 'M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13',
 };
 
 /** Return a small round button with an icon of its name. */
