@@ -1,6 +1,7 @@
 /** An answer's markdown as elements. Blocks that did not change keep theirs, so that a selection in them survives. */
 
 import { directionOf } from './bidi.js';
+import { numSame } from './block-parts.js';
 import { h, icon } from './dom.js';
 import { MarkdownReader, safeHref } from './markdown.js';
 import { showCode } from './code-colours.js';
@@ -31,11 +32,14 @@ export class AnswerView {
   /** How many blocks the last update made anew or changed; for tests. */
   numTouched = 0;
 
+  /** How many items, rows or words of blocks that grew were made anew; for tests. */
+  numPartsTouched = 0;
+
   /** Show `text`; `isFinal` when nothing more comes. */
   update(text, isFinal) {
     const blocks = this.#reader.read(text, isFinal);
     this.element.dir = directionOf(text);
-    this.numTouched = 0;
+    this.numTouched = this.numPartsTouched = 0;
     blocks.forEach((block, index) => this.#show(index, block, isFinal));
     for (const { element } of this.#shown.splice(blocks.length)) element.remove();
   }
@@ -50,7 +54,7 @@ export class AnswerView {
       this.#shown[index] = { block, isFinal, element: old.element };
       return;
     }
-    const element = old && isSameList(old.block, block) ? this.#changeList(old, block) : this.#element(block, isDone);
+    const element = old && growsByParts(old.block, block) ? this.#grow(old, block) : this.#element(block, isDone);
     if (!old) this.element.append(element);
     else if (old.element !== element) old.element.replaceWith(element);
     this.#shown[index] = { block, isFinal, element };
@@ -73,14 +77,20 @@ export class AnswerView {
     }
   }
 
-  /** Keep the items of a list that stayed as they are: a long one would be made anew at every token. */
-  #changeList({ element: list, block: before }, block) {
-    const [kept, fresh] = [itemsOf(before), itemsOf(block)];
-    let same = 0;
-    while (same < kept.length && same < fresh.length && kept[same].text === fresh[same].text) same += 1;
-    for (const item of [...list.children].slice(same)) item.remove();
-    for (const { tokens } of fresh.slice(same)) this.#fill(list, tokens);
-    return list;
+  /** Keep the parts that stayed as they are: all of a long list or paragraph would be made anew at every token. */
+  #grow({ element, block: { parts: before } }, { parts: now }) {
+    const holder = element.querySelector(':scope > table > tbody') ?? element;
+    let same = numSame(before, now);
+    const node = holder.childNodes[same];
+    const text = now[same]?.tokens[0];
+    if (node instanceof Text && text?.type === 'text' && text.content.startsWith(node.data)) {
+      node.appendData(text.content.slice(node.data.length));
+      same += 1;
+    }
+    while (holder.childNodes.length > same) holder.lastChild.remove();
+    for (const { tokens } of now.slice(same)) this.#fill(holder, tokens);
+    this.numPartsTouched += now.length - same;
+    return element;
   }
 
   #fill(parent, tokens) {
@@ -122,7 +132,7 @@ export class AnswerView {
       case 'fence':
       case 'code_block': {
         const code = h('code', {}, token.content.replace(/\n$/, ''));
-        showCode(code, languageOf(token), token.content);
+        if (!token.meta?.isOpen) showCode(code, languageOf(token), token.content);
         return append(top, this.#codeBlock(languageOf(token), code));
       }
       case 'math_inline':
@@ -167,26 +177,16 @@ function languageOf(token) {
   return /^[\w+#.-]{1,20}$/.test(word) ? word : '';
 }
 
-function isSameList(before, block) {
+/** Whether a block is the earlier one with other parts at its end. */
+function growsByParts(before, block) {
   const [was, is] = [before.tokens[0], block.tokens[0]];
-  return /^(?:bullet|ordered)_list_open$/.test(is.type) && was.type === is.type && was.attrGet('start') === is.attrGet('start');
+  if (!before.parts.length || !block.parts.length || was.type !== is.type) return false;
+  if (is.type === 'table_open') return headingOf(before) === headingOf(block);
+  return was.attrGet('start') === is.attrGet('start');
 }
 
-/** Return the items of a list, each with its tokens and a text that differs where the item does. */
-function itemsOf({ source, tokens }) {
-  const lines = source.split('\n');
-  const first = tokens[0].map[0];
-  const items = [];
-  for (const token of tokens.slice(1, -1)) {
-    if (token.type === 'list_item_open' && token.level === 1) {
-      const text = lines.slice(token.map[0] - first, token.map[1] - first).join('\n').trimEnd();
-      items.push({ text, tokens: [] });
-    }
-    const item = items.at(-1);
-    item.tokens.push(token);
-    if (token.type === 'paragraph_open' && token.level === 2) item.text += token.hidden ? '' : '\0'; // a loose list
-  }
-  return items;
+function headingOf({ source }) {
+  return source.split('\n', 2).join('\n');
 }
 
 /** Let a block of code that grows keep its text node; return whether it could. */

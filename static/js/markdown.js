@@ -6,11 +6,13 @@
  */
 
 import { MarkdownIt } from '../vendor/markdown-it.js';
+import { isLoose, partsOf } from './block-parts.js';
 import { withMath } from './markdown-math.js';
 
 /**
- * A top-level block: `source` is its text, `isOpen` whether it is a fence that nothing has closed yet.
- * @typedef {{source: string, tokens: import('markdown-it').Token[], isOpen: boolean}} Block
+ * A top-level block: `source` is its text, `isOpen` whether it is a fence that nothing has closed yet, `parts` what it grows by.
+ * @typedef {{source: string, tokens: import('markdown-it').Token[], isOpen: boolean, start: number,
+ *   parts: import('./block-parts.js').Part[]}} Block
  */
 
 const parser = withMath(new MarkdownIt({ html: false, linkify: true, breaks: true, typographer: false }));
@@ -37,16 +39,20 @@ export function parseBlocks(text) {
     if (token.level > 0 || token.nesting === 1) continue;
     const [start, end] = tokens[0].map ?? [0, 0];
     const source = lines.slice(start, end);
-    blocks.push({ source: source.join('\n'), tokens, isOpen: isOpenFence(tokens[0], source), start });
+    markOpenFence(tokens, source);
+    blocks.push({ source: source.join('\n'), tokens, isOpen: Boolean(tokens[0].meta?.isOpen), start, parts: partsOf(tokens, source) });
     tokens = [];
   }
   return blocks;
 }
 
-function isOpenFence(token, lines) {
-  if (token.type !== 'fence') return false;
-  const last = lines.at(-1).trim();
-  return lines.length < 2 || !last.startsWith(token.markup) || last.replaceAll(token.markup[0], '') !== '';
+/** Tell a fence at the end of a block, be it inside a list or a quote, whether something closes it, by `meta.isOpen`. */
+function markOpenFence(tokens, lines) {
+  const token = tokens.findLast(({ nesting }) => nesting !== -1);
+  if (token?.type !== 'fence') return;
+  const last = lines.at(-1).replace(/^[\s>]+/, '').trimEnd();
+  const isAlone = token.map[1] - token.map[0] < 2;
+  token.meta = { isOpen: isAlone || !last.startsWith(token.markup) || last.replaceAll(token.markup[0], '') !== '' };
 }
 
 /** Reads a text that grows at its end; blocks in front of the last one stay the same objects. */
@@ -56,6 +62,10 @@ export class MarkdownReader {
   #blocks = [];
   #numDone = 0; // blocks that no text behind them can change
   #doneLength = 0; // of the text in front of the others
+  #long = null; // the beginning of a long list or table, which is not parsed again
+
+  /** How many characters the last call parsed; for tests. */
+  numParsed = 0;
 
   /**
    * Return the blocks of `text`; it is cheap where the last call's text was its beginning.
@@ -66,20 +76,81 @@ export class MarkdownReader {
   read(text, isFinal) {
     const clean = text.replaceAll('\r\n', '\n').replaceAll('\r', '\n');
     if (clean === this.#text && isFinal === this.#isFinal) return this.#blocks;
-    const isGrown = clean.startsWith(this.#text) && !(isFinal && REFERENCE.test(clean));
-    if (!isGrown) this.#blocks = [];
-    if (!isGrown) this.#numDone = this.#doneLength = 0;
+    if (isFinal || !clean.startsWith(this.#text)) this.#startOver();
     this.#text = clean;
     this.#isFinal = isFinal;
+    if (isFinal) return (this.#blocks = this.#whole(clean));
     const tail = clean.slice(this.#doneLength);
-    const found = parseBlocks(isFinal ? tail : mendEnd(tail));
+    const found = this.#readOn(tail);
     this.#blocks = [...this.#blocks.slice(0, this.#numDone), ...found];
     if (found.length > 1) {
       this.#numDone += found.length - 1;
       this.#doneLength += offsetOfLine(tail, found.at(-1).start);
+      this.#long = null;
+    } else if (!this.#long || found[0]?.source.length - this.#long.offset > LONG_CHARS) {
+      this.#long = beginningOf(found[0], tail);
     }
     return this.#blocks;
   }
+
+  #startOver() {
+    this.#numDone = this.#doneLength = 0;
+    this.#long = null;
+  }
+
+  /** A whole text is parsed at once, as what comes late can change what stands early; blocks that it left alone stay. */
+  #whole(text) {
+    this.numParsed = text.length;
+    const hasReferences = REFERENCE.test(text);
+    return parseBlocks(text).map((block, index) => {
+      const old = this.#blocks[index];
+      return old?.source === block.source && !(hasReferences && block.source.includes('[')) ? old : block;
+    });
+  }
+
+  #readOn(tail) {
+    const long = this.#long;
+    if (long) {
+      const [first, ...others] = this.#parse(long.heading + tail.slice(long.offset));
+      const block = joined(long, first);
+      if (block) return [block, ...others.map((other) => ({ ...other, start: other.start + long.numLines }))];
+    }
+    this.#long = null;
+    return this.#parse(tail);
+  }
+
+  #parse(text) {
+    this.numParsed = text.length;
+    return parseBlocks(mendEnd(text));
+  }
+}
+
+const LONG_CHARS = 3000; // about a millisecond's work
+const LONG = /^(?:bullet_list|ordered_list|table)_open$/;
+
+/** Return what of a list or table need not be parsed again, or null: all but the last two items or rows. */
+function beginningOf(block, text) {
+  if (!block || block.start > 0 || block.source.length < LONG_CHARS || block.parts.length < 3 || !LONG.test(block.tokens[0].type)) return null;
+  const { line } = block.parts.at(-2);
+  const offset = offsetOfLine(text, line);
+  const parts = block.parts.slice(0, -2);
+  const isTable = block.tokens[0].type === 'table_open';
+  const heading = isTable ? text.slice(0, offsetOfLine(text, 2)) : '';
+  const tokens = block.tokens.slice(0, block.tokens.indexOf(parts.at(-1).tokens.at(-1)) + 1);
+  return {
+    parts, tokens, offset, heading, numLines: line - (isTable ? 2 : 0), source: text.slice(0, offset), isLoose: isLoose(parts),
+  };
+}
+
+/** Return the block that a beginning and what was parsed behind it make, or null if they are not one block. */
+function joined(long, block) {
+  const [was, is] = [long.tokens[0], block?.tokens[0]];
+  const isSame = block?.start === 0 && is.type === was.type && is.markup === was.markup && block.parts.length > 0;
+  if (!isSame || isLoose(block.parts) !== long.isLoose) return null;
+  const parts = block.parts.map((part) => ({ ...part, line: part.line + long.numLines }));
+  const rest = block.tokens.slice(block.tokens.indexOf(block.parts[0].tokens[0]));
+  const source = long.source + block.source.slice(long.heading.length);
+  return { source, tokens: [...long.tokens, ...rest], isOpen: false, start: 0, parts: [...long.parts, ...parts] };
 }
 
 function offsetOfLine(text, number) {
@@ -96,14 +167,10 @@ const DANGLING = /(?:^|(?<=\s))(?:\*{1,3}|_{1,3}|~{1,2}|`+|!?\[)$/;
  * @param {string} text
  */
 export function mendEnd(text) {
-  const start = Math.max(text.lastIndexOf('\n\n') + 2, 0);
-  const last = text.slice(start < 2 ? 0 : start);
-  if (/^ {0,3}(?:```|~~~)/m.test(text)) {
-    const blocks = parseBlocks(text);
-    if (blocks.at(-1)?.isOpen) return text;
-  }
+  if (/```|~~~/.test(text) && endsInCode(text)) return text;
+  const last = lastPiece(text);
   const head = text.slice(0, text.length - last.length);
-  let mended = last.replace(DANGLING, '').replace(OPEN_LINK, '$1');
+  let mended = last.replace(HALF_MARKER, '').replace(DANGLING, '').replace(OPEN_LINK, '$1');
   if (count(mended, /(?<!\\)`/g) % 2) return head + (mended.endsWith('`') ? mended.slice(0, -1) : `${mended}\``);
   const plain = mended.replaceAll(/`[^`]*`/g, '');
   for (const mark of ['~~', '**', '__']) {
@@ -111,6 +178,29 @@ export function mendEnd(text) {
   }
   if (count(plain.replaceAll('**', ''), /(?<![\\*\s])\*(?!\*)|(?<!\\)\*(?=[^*\s])/g) % 2 && !/^\s*\*\s/m.test(plain)) mended += '*';
   return head + mended;
+}
+
+function endsInCode(text) {
+  return parseBlocks(text).at(-1)?.tokens.some(({ meta }) => meta?.isOpen);
+}
+
+// A digit behind a list may become its next item, and a dash under a line its next item or a rule: until then, neither is read.
+const HALF_MARKER = /(?:^|(?<=\n))[ \t]*(?:\d{1,9}[.)]?|[-*+=_]+)$/;
+const BEGINS_PIECE = /^\s*(?:[-*+]\s|\d{1,9}[.)]\s|#{1,6}\s|>|\|)/;
+const HEADING = /^\s*#{1,6}\s/;
+const MAX_PIECE_CHARS = 4000;
+
+/** Return the end of `text` that emphasis cannot reach into from before: from the last blank line, item, row or heading on. */
+function lastPiece(text) {
+  let start = text.length;
+  while (start > 0) {
+    const lineStart = start > 1 ? text.lastIndexOf('\n', start - 2) + 1 : 0;
+    const line = text.slice(lineStart, start);
+    if (line === '\n' || (start < text.length && HEADING.test(line))) break;
+    start = lineStart;
+    if (BEGINS_PIECE.test(line) || text.length - start > MAX_PIECE_CHARS) break;
+  }
+  return text.slice(start);
 }
 
 function count(text, pattern) {
