@@ -146,14 +146,18 @@ def _dump(**values: object) -> str:
     return json.dumps(values, separators=(",", ":"))
 
 
+def _dump_legacy(**values: object) -> str:
+    return json.dumps(values)  # with the predecessor's spaces, for clients that compare text
+
+
 def legacy_opened_frame() -> str:
     """Return the answer to `open_inference_session`: clients know it by the missing `outputs`."""
-    return _dump(ok=True)
+    return _dump_legacy(ok=True)
 
 
 def legacy_reply_frame(reply: LegacyReply) -> str:
     """Return a protocol 2 piece of an answer."""
-    return _dump(ok=True, outputs=reply.outputs, stop=reply.stop, token_count=reply.token_count)
+    return _dump_legacy(ok=True, outputs=reply.outputs, stop=reply.stop, token_count=reply.token_count)
 
 
 def legacy_error(report: ErrorReport) -> dict[str, object]:
@@ -163,7 +167,7 @@ def legacy_error(report: ErrorReport) -> dict[str, object]:
 
 def legacy_error_frame(report: ErrorReport) -> str:
     """Return a protocol 2 error."""
-    return _dump(**legacy_error(report))
+    return _dump_legacy(**legacy_error(report))
 
 
 def error_object(report: ErrorReport) -> dict[str, object]:

@@ -342,6 +342,11 @@ def scripted_reply(text: str) -> Sequence[str]:
         "arabic": PIECES.findall(ARABIC),
         "hostile": PIECES.findall(HOSTILE),
         "echo": [" answer", ".", "\n\n", "Human", ":", EOS],
+        "brief": [" yes", EOS],
+        "inside": [" one", " two### three", " four"],
+        "hashes": [" one", "#", "#", "#", " four", " five"],
+        "held": [" a", "…", "…", "b#c", " d"],
+        "letters": [" é", "世", EOS],
     }
     return special.get(word) or PIECES.findall(ANSWER)
 

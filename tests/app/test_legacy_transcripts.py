@@ -2,12 +2,19 @@
 
 import asyncio
 import json
+import re
+from contextlib import ExitStack
+from pathlib import Path
 
+import httpx
 import pytest
 from websockets.asyncio.client import connect
 
 from tests.app.fake_swarm import ANSWER
 from tests.app.socket_client import Client
+
+TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
+REQUEST_ID = re.compile(r'"request_id": "[0-9a-f]{16}"')
 
 
 @pytest.fixture
@@ -114,3 +121,72 @@ def test_closing_the_socket_cancels(client, site):
     client.close()
     counts = site.wait_for(lambda counts: counts["open_sessions"] == 0, timeout_s=1.0)
     assert counts["cancels"] >= 1
+
+
+def frame_of(line: str) -> str | bytes:
+    """Return what a `>` line of a transcript sends."""
+    if line.startswith("hex:"):
+        return bytes.fromhex(line.removeprefix("hex:"))
+    return "x" * 1_048_576 if line == "megabyte" else line
+
+
+@pytest.mark.parametrize("path", TRANSCRIPTS, ids=lambda path: path.stem)
+def test_transcripts_are_repeated_byte_for_byte(site, path):
+    """Lines: `> frame` is sent, `< frame` must come, `closed CODE` must follow, `connect` begins a new socket."""
+    with ExitStack() as sockets:
+        client = sockets.enter_context(Client(site, own_page=False))
+        for line in path.read_text().splitlines():
+            kind, _, rest = line.partition(" ")
+            if kind == "connect":
+                client = sockets.enter_context(Client(site, own_page=False))
+            elif kind == ">":
+                client.ws.send(frame_of(rest))
+            elif kind == "<":
+                assert REQUEST_ID.sub('"request_id": "ID"', str(client.ws.recv(10))) == rest
+            elif kind == "closed":
+                assert client.close_code() == int(rest)
+            else:
+                assert kind == "#", line
+
+
+BOUNDARY = "----JavaBoundary7MA4YWxkTrZu0gW"
+PARTS = {"model": "umbel/fake-1b", "inputs": "brief Wörld", "max_new_tokens": "9", "do_sample": "true"}
+PART = '--{}\r\nContent-Disposition: form-data; name="{}"\r\nContent-Type: text/plain; charset=UTF-8\r\n\r\n{}\r\n'
+MULTIPART = "".join(PART.format(BOUNDARY, name, value) for name, value in PARTS.items())
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "answer"),
+    [
+        pytest.param(
+            "application/x-www-form-urlencoded",
+            b"model=umbel%2Ffake-1b&inputs=brief+W%C3%B6rld&max_new_tokens=256&temperature=0.7&top_p=0.9&do_sample=True",
+            b'{"ok":true,"outputs":" yes"}\n',
+            id="litellm",
+        ),
+        pytest.param(
+            f"multipart/form-data; boundary={BOUNDARY}",
+            f"{MULTIPART}--{BOUNDARY}--\r\n".encode(),
+            b'{"ok":true,"outputs":" yes"}\n',
+            id="java",
+        ),
+        pytest.param(
+            "application/x-www-form-urlencoded; charset=UTF-8",
+            b"inputs=brief&max_length=64&do_sample=0&stop_sequence=yes",  # there are no stops in this API
+            b'{"ok":true,"outputs":" yes"}\n',
+            id="node",
+        ),
+    ],
+)
+def test_forms_of_http_clients_are_answered_byte_for_byte(site, content_type, body, answer):
+    headers = {"Content-Type": content_type, "User-Agent": "some client"}
+    response = httpx.post(f"{site.url}/api/v1/generate", content=body, headers=headers, timeout=10)
+    assert (response.status_code, response.headers["Content-Type"]) == (200, "application/json")
+    assert response.content == answer
+
+
+def test_an_error_of_a_form_is_200_and_has_no_outputs(site):
+    found = httpx.post(f"{site.url}/api/v1/generate", data={"inputs": "full", "max_new_tokens": "9"}, timeout=10)
+    assert found.status_code == 200
+    assert set(found.json()) == {"ok", "traceback", "error"}  # litellm looks for `outputs` alone
+    assert "attention cache is full" in found.json()["traceback"]
