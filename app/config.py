@@ -24,6 +24,7 @@ class SocketLimits:
     max_queued_bytes: int = 1_048_576  # of the same queue
     idle_s: float = 300.0  # the predecessor's limit
     send_timeout_s: float = 10.0  # a reader that takes nothing for so long is dropped
+    stall_s: float = 30.0  # a request whose next piece takes longer is dropped; browsers send all at once
     ping_interval_s: float = 25.0  # below the idle limits of proxies: 55 s and more
     drain_s: float = 20.0  # how long running answers may go on after SIGTERM; hosts kill after 30 s
 

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import socket
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,28 @@ def announce_ready(host: str, port: int) -> None:
     sys.stdout.flush()
 
 
+class _StalledRequests(logging.Filter):
+    """Shortens what gunicorn logs of a client that stopped in mid-request: strangers could fill the log with stacks."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Drop the stack of a read that took too long."""
+        if record.exc_info and isinstance(record.exc_info[1], BlockingIOError):
+            record.msg, record.args, record.exc_info = "dropped a client that stopped in mid-request", (), None
+            record.levelno, record.levelname = logging.INFO, "INFO"
+        return True
+
+
+def bound_reads(listener: socket.socket, stall_s: float) -> None:
+    """Have every connection that `listener` accepts fail a read that waits longer than `stall_s`.
+
+    gunicorn's threads wait for the rest of a request without a limit, so that as many half requests as there are
+    threads would stop the site. Connections inherit the option from the listener, at least on Linux and BSD.
+    """
+    seconds = int(stall_s)
+    wait = struct.pack("ll", seconds, int((stall_s - seconds) * 1e6))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+
+
 def gunicorn_settings(config: SiteConfig) -> dict[str, Any]:
     """Return gunicorn's settings for a site.
 
@@ -38,6 +62,9 @@ def gunicorn_settings(config: SiteConfig) -> dict[str, Any]:
 
     def post_worker_init(worker: Any) -> None:
         port = worker.sockets[0].getsockname()[1]
+        for listener in worker.sockets:
+            bound_reads(listener.sock, config.sockets.stall_s)
+        worker.log.error_log.addFilter(_StalledRequests())
 
         def is_alive() -> bool:
             # A worker whose master was killed ends as well, though nobody tells it to; its sockets would keep it.

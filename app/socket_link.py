@@ -34,6 +34,8 @@ class SocketLink:
     def __init__(self, ws: Any, limits: SocketLimits) -> None:
         self._ws, self._limits = ws, limits
         self._lock = threading.Lock()
+        # Held until a frame is out: a send that finds a close under way would end the connection ahead of its frame.
+        self._send_lock = threading.Lock()
         self._running: _Running | None = None
         self._is_flooded = False
         ws.event.listener = self._on_event
@@ -61,13 +63,14 @@ class SocketLink:
         if self.is_gone:
             raise SocketGoneError
         try:
-            self._ws.send(frame)
+            with self._send_lock:
+                self._ws.send(frame)
         except (ConnectionClosed, LocalProtocolError, OSError):
             raise SocketGoneError from None
 
     def close(self, code: CloseCode, reason: str) -> None:
         """Send a close frame; nothing can be sent afterwards."""
-        with suppress(ConnectionClosed, LocalProtocolError, OSError):
+        with suppress(ConnectionClosed, LocalProtocolError, OSError), self._send_lock:
             self._ws.close(code.value, reason)
 
     @contextmanager

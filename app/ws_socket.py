@@ -44,6 +44,7 @@ class WebSocketStream:
         self._is_used = False
         self._is_broken = False
         self._is_closed = False
+        self._has_ended = threading.Event()
         self.on_close: Callable[[], None] | None = None
 
     @property
@@ -92,6 +93,8 @@ class WebSocketStream:
     def close(self) -> None:
         """End the connection and free the descriptor. Called by the reading thread as the last thing it does."""
         self.end()
+        # Another thread may be in `end`: closing now would reset the connection, and lose the close frame on its way.
+        self._has_ended.wait(2 * LINGER_S)
         self._sock.close()
 
     def end(self) -> None:
@@ -104,6 +107,12 @@ class WebSocketStream:
             if self._is_closed:
                 return
             self._is_closed = True
+        try:
+            self._end()
+        finally:
+            self._has_ended.set()
+
+    def _end(self) -> None:
         if self.on_close is not None:
             self.on_close()
         if not self._is_used:  # gunicorn answers on the connection; a shutdown would reach its descriptor too

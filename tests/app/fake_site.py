@@ -36,6 +36,8 @@ def make_app(config: SiteConfig, model: FakeModel) -> Flask:
             generating_threads=sum(thread.name == "umbel-http-generation" for thread in threading.enumerate()),
             nr_conns=_worker_connections(),
             pid=os.getpid(),
+            descriptors=len(os.listdir("/proc/self/fd")),
+            threads=sum("ThreadPoolExecutor" not in thread.name for thread in threading.enumerate()),
             reading_threads=sum("simple_websocket" in thread.name for thread in threading.enumerate()),
         )
 
