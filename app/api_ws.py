@@ -14,7 +14,7 @@ from app.api_errors import error_response
 from app.chat_protocol import legacy_error
 from app.chat_socket import ChatSocket
 from app.errors import NoCapacityError, OriginError, report_error
-from app.security import request_is_own
+from app.security import API_POLICY, HEADERS, request_is_own
 from app.site import Site
 from app.socket_link import SocketLink
 from app.ws_socket import SocketEvent, WsgiApp, is_websocket
@@ -73,6 +73,7 @@ def _refuse(site: Site, start_response: Any) -> Iterable[bytes]:
     report = report_error(NoCapacityError(site.sockets.what, site.sockets.limit), "")
     body = json.dumps(legacy_error(report)).encode()
     headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Retry-After", "30")]
+    headers += [*HEADERS.items(), ("Content-Security-Policy", API_POLICY)]
     start_response("503 Service Unavailable", headers)
     logger.warning("refused a websocket: all %d places are taken", site.sockets.limit)
     return [body]

@@ -3,12 +3,15 @@
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
-from flask import Flask, Request, Response, request
+from flask import Flask, Request, Response, abort, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from app.config import SecurityConfig
 
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 API_PREFIXES = ("/api/", "/v1/")
+
+API_POLICY = "default-src 'none'; frame-ancestors 'none'"
 
 # No inline script or style, nothing from other hosts, and no way to turn a string into HTML.
 PAGE_POLICY = "; ".join(
@@ -65,6 +68,17 @@ def request_is_own(req: Request, config: SecurityConfig) -> bool:
     return is_own_origin(req.headers.get("Origin"), req.host_url, config.allowed_origins)
 
 
+def is_forged(req: Request, config: SecurityConfig) -> bool:
+    """Return whether a page of somebody else may have made a reader's browser send a request.
+
+    A browser names the page's origin or its relation to the site in every request with an unsafe method; what names
+    neither is no browser, and has no reader whose rights it could use.
+    """
+    if "Origin" in req.headers:
+        return not request_is_own(req, config)
+    return req.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
+
+
 def is_api(path: str) -> bool:
     """Return whether a path belongs to the API, which other origins may use."""
     return path.startswith(API_PREFIXES)
@@ -106,12 +120,15 @@ def secure(app: Flask, config: SecurityConfig) -> None:
             app.wsgi_app, x_for=config.trusted_proxies, x_proto=1, x_host=1
         )
 
+    @app.before_request
+    def refuse_forged() -> None:
+        if request.method not in SAFE_METHODS and not is_api(request.path) and is_forged(request, config):
+            abort(403)
+
     @app.after_request
     def add_headers(response: Response) -> Response:
         response.headers.update(HEADERS)
-        response.headers["Content-Security-Policy"] = (
-            PAGE_POLICY if response.mimetype == "text/html" else "default-src 'none'; frame-ancestors 'none'"
-        )
+        response.headers["Content-Security-Policy"] = PAGE_POLICY if response.mimetype == "text/html" else API_POLICY
         if config.hsts:
             response.headers["Strict-Transport-Security"] = "max-age=31536000"
         if is_api(request.path):
