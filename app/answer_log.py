@@ -40,12 +40,12 @@ class AnswerLog:
         """What the frames take; they are ASCII."""
         return self._size_bytes
 
-    def append(self, make: Callable[[int], str]) -> None:
-        """Keep the frame that `make` makes for its number."""
+    def append(self, make: Callable[[int], str], unread_seq: int | None = None) -> None:
+        """Keep the frame that `make` makes for its number; those from `unread_seq` on are not dropped for it."""
         frame = make(self.next_seq)
         self._frames.append(frame)
         self._size_bytes += len(frame)
-        while self._size_bytes > self._max_bytes and len(self._frames) > 1:
+        while self._size_bytes > self._max_bytes and len(self._frames) > 1 and self._first_seq != unread_seq:
             self._size_bytes -= len(self._frames.popleft())
             self._first_seq += 1
 

@@ -49,7 +49,8 @@ def register(app: Flask, site: Site) -> None:
 
     @Sock(app).route(PATH)  # type: ignore[untyped-decorator]
     def chat(ws: Any) -> None:
-        ChatSocket(site, SocketLink(ws, limits), is_own_page=request_is_own(request, security)).run()
+        own = request_is_own(request, security)
+        ChatSocket(site, SocketLink(ws, limits), request.remote_addr or "", is_own_page=own).run()
 
 
 def with_socket_cap(app: WsgiApp, site: Site) -> WsgiApp:

@@ -3,35 +3,55 @@
 A socket speaks the protocol that its first frame opens, and keeps to it:
 
     protocol 2   open_inference_session → {ok}; generate → {ok, outputs, stop, token_count} …; an error ends the socket
-    protocol 3   {type: open, protocol: 3} → opened; generate → started, delta …, done; cancel; ping → pong; error;
-                 route_changed, waiting, recovered as it happens
+    protocol 3   {type: open, protocol: 3} → opened; generate → started, progress …, delta …, done; cancel; ping → pong;
+                 rewind → rewound; bye; error; queued, route_changed, waiting, recovered as it happens; resume → resumed
+
+Every frame of a generation has a `seq`, which counts them from 0 on; a heartbeat has none, for it says nothing new.
 
 Frames may be sent ahead of the answers. In protocol 2 a generate waits for the one before it; in protocol 3 it is
 refused as `busy` while another runs.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from app.errors import ErrorReport
-from app.request_models import Cancel, Fields, Generate, LegacyGenerate, LegacyOpen, Open, Ping, parse_fields
-from swarm_client.events import Recovered, RouteChanged, SessionEvent, Waiting
+from app.answer_log import Refusal
+from app.errors import ErrorReport, retry_after_s
+from app.request_models import (
+    Bye,
+    Cancel,
+    Fields,
+    Generate,
+    LegacyGenerate,
+    LegacyOpen,
+    Open,
+    Ping,
+    Resume,
+    Rewind,
+    parse_fields,
+)
+from swarm_client.events import Prefilled, Recovered, RouteChanged, RoutePart, SessionEvent, Waiting
 from swarm_client.generation.text_session import FinishReason
 from swarm_protocol.errors import InvalidRequestError, MalformedFrameError
+from swarm_protocol.ids import short_peer
 
 ProtocolVersion = Literal[2, 3]
 
-Command = LegacyOpen | LegacyGenerate | Open | Generate | Cancel | Ping
+Command = LegacyOpen | LegacyGenerate | Open | Resume | Generate | Rewind | Cancel | Ping | Bye
 
 _COMMANDS: dict[tuple[ProtocolVersion | None, str], type[Fields]] = {
     (None, "open_inference_session"): LegacyOpen,
     (None, "open"): Open,
+    (None, "resume"): Resume,
     (2, "generate"): LegacyGenerate,
     (3, "open"): Open,
     (3, "generate"): Generate,
     (3, "cancel"): Cancel,
+    (3, "rewind"): Rewind,
     (3, "ping"): Ping,
+    (3, "bye"): Bye,
 }
 
 
@@ -74,17 +94,6 @@ def parse_frame(frame: str | bytes, protocol: ProtocolVersion | None) -> Command
     return parse_command(decode_object(frame), protocol)
 
 
-def is_cancel_of(frame: str | bytes, generation_id: str) -> bool:
-    """Return whether a frame cancels the running generation; cheap, for the thread that reads the socket."""
-    if not isinstance(frame, str) or len(frame) > 512 or "cancel" not in frame:
-        return False
-    try:
-        command = parse_frame(frame, 3)
-    except (MalformedFrameError, InvalidRequestError):
-        return False
-    return isinstance(command, Cancel) and command.id in (None, generation_id)
-
-
 @dataclass(frozen=True, slots=True)
 class LegacyReply:
     """A piece of an answer in protocol 2; `outputs` includes the stop sequence."""
@@ -95,13 +104,15 @@ class LegacyReply:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """The answer to a protocol 3 `open`."""
+class Offer:
+    """What a protocol 3 session offers: told by `opened`, and again by `resumed`."""
 
     session_id: str
     model: str
     max_length: int
-    max_new_tokens: int
+    limits: dict[str, int]
+    defaults: dict[str, float | int | None]
+    route: tuple[RoutePart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +137,6 @@ class Delta:
     """A piece of an answer in protocol 3; `tokens` is the number of tokens behind the text."""
 
     id: str
-    seq: int
     text: str
     tokens: int
 
@@ -139,6 +149,7 @@ class Done:
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    route: tuple[RoutePart, ...] = ()
     times: dict[str, Any] | None = None
 
 
@@ -180,45 +191,86 @@ def error_object(report: ErrorReport) -> dict[str, object]:
     }
 
 
-def opened_frame(event: Opened) -> str:
-    """Return the answer to `open`."""
-    return _dump(
-        type="opened",
-        protocol=3,
-        session_id=event.session_id,
-        model={"id": event.model, "context_length": event.max_length},
-        limits={"max_length": event.max_length, "max_new_tokens": event.max_new_tokens},
-    )
+def served_by(route: Sequence[RoutePart]) -> dict[str, object] | None:
+    """Return who runs the blocks of a session; None before it has a route."""
+    if not route:
+        return None
+    shown = [{"peer": short_peer(part.peer_id), "blocks": str(part.span)} for part in route]
+    return {"num_nodes": len({part.peer_id for part in route}), "route": shown}
 
 
-def started_frame(generation_id: str) -> str:
-    """Return the note that a generation was accepted and runs."""
-    return _dump(type="started", id=generation_id)
+def _offered(offer: Offer) -> dict[str, object]:
+    return {
+        "session_id": offer.session_id,
+        "model": {"id": offer.model, "context_length": offer.max_length},
+        "limits": offer.limits,
+        "defaults": offer.defaults,
+        "served_by": served_by(offer.route),
+    }
 
 
-def delta_frame(event: Delta) -> str:
+def opened_frame(offer: Offer, resume_token: str | None = None) -> str:
+    """Return the answer to `open`; a token where a break of the connection can be resumed."""
+    token = {} if resume_token is None else {"resume_token": resume_token}
+    return _dump(type="opened", protocol=3, **_offered(offer), **token)
+
+
+def resumed_frame(offer: Offer, generation_id: str, from_seq: int) -> str:
+    """Return the answer to a `resume` that the frames of the generation from `from_seq` on follow."""
+    return _dump(type="resumed", resumed=True, **_offered(offer), id=generation_id, from_seq=from_seq)
+
+
+def not_resumed_frame(reason: Refusal) -> str:
+    """Return the answer to a `resume` that came to nothing."""
+    return _dump(type="resumed", resumed=False, reason=reason)
+
+
+def started_frame(generation_id: str, seq: int, position: int) -> str:
+    """Return the note that a generation was accepted, and how many go first."""
+    return _dump(type="started", id=generation_id, seq=seq, queue_position=position)
+
+
+def queued_frame(generation_id: str, seq: int, position: int) -> str:
+    """Return a new position in the queue; 0 when the generation runs."""
+    return _dump(type="queued", id=generation_id, seq=seq, position=position)
+
+
+def delta_frame(event: Delta, seq: int) -> str:
     """Return a piece of an answer."""
-    return _dump(type="delta", id=event.id, seq=event.seq, text=event.text, tokens=event.tokens)
+    return _dump(type="delta", id=event.id, seq=seq, text=event.text, tokens=event.tokens)
 
 
-def event_frame(event: SessionEvent, generation_id: str) -> str:
-    """Return what happened to the route while an answer is made."""
+def event_frame(event: SessionEvent, generation_id: str, seq: int) -> str:
+    """Return what happened to the route, or how far the prompt is, while an answer is made."""
     match event:
         case RouteChanged():
-            return _dump(type="route_changed", id=generation_id, **event.as_json())
+            return _dump(type="route_changed", id=generation_id, seq=seq, **event.as_json())
         case Waiting():
-            return _dump(type="waiting", id=generation_id, **event.as_json())
+            return _dump(type="waiting", id=generation_id, seq=seq, **event.as_json())
         case Recovered():
-            return _dump(type="recovered", id=generation_id, **event.as_json())
+            return _dump(type="recovered", id=generation_id, seq=seq, **event.as_json())
+        case Prefilled():
+            return _dump(type="progress", id=generation_id, seq=seq, **event.as_json())
 
 
-def done_frame(event: Done) -> str:
+def heartbeat_frame(generation_id: str) -> str:
+    """Return the sign that a generation lives though it has nothing to tell."""
+    return _dump(type="heartbeat", id=generation_id)
+
+
+def rewound_frame(position: int) -> str:
+    """Return the answer to `rewind`: how many tokens the session keeps."""
+    return _dump(type="rewound", position=position)
+
+
+def done_frame(event: Done, seq: int) -> str:
     """Return the end of an answer."""
     usage, timings = event.usage, event.timings
     times = {} if event.times is None else {"times": event.times}
     return _dump(
         type="done",
         id=event.id,
+        seq=seq,
         finish_reason=event.finish_reason,
         usage={
             "prompt_tokens": usage.prompt_tokens,
@@ -226,13 +278,15 @@ def done_frame(event: Done) -> str:
             "cached_tokens": usage.cached_tokens,
         },
         timings={"ttft_s": timings.ttft_s, "tokens_per_s": timings.tokens_per_s},
+        served_by=served_by(event.route),
         **times,
     )
 
 
-def error_frame(report: ErrorReport, generation_id: str | None) -> str:
-    """Return a protocol 3 error; `generation_id` None when it belongs to no generation."""
-    return _dump(type="error", id=generation_id, **error_object(report))
+def error_frame(report: ErrorReport, generation_id: str | None, seq: int | None = None) -> str:
+    """Return a protocol 3 error; `generation_id` None when it belongs to no request, `seq` to no generation."""
+    number = {} if seq is None else {"seq": seq}
+    return _dump(type="error", id=generation_id, **number, **error_object(report), retry_after=retry_after_s(report))
 
 
 def pong_frame(ping: Ping) -> str:

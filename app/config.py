@@ -25,6 +25,13 @@ class SocketLimits:
     idle_s: float = 300.0  # the predecessor's limit
     send_timeout_s: float = 10.0  # a reader that takes nothing for so long is dropped
     stall_s: float = 30.0  # a request whose next piece takes longer is dropped; browsers send all at once
+    ws_per_address: int = 0  # sockets of one address with protocol 3; 0 for no limit, as behind proxies that hide them
+    heartbeat_s: float = 5.0  # pages take 20 s of silence for a loss
+    resume_grace_s: float = 30.0  # an answer goes on so long without its socket
+    resume_text_s: float = 600.0  # its text is kept so long after its end
+    resume_ring_bytes: int = 262_144  # of text and events of one answer; what is older cannot be resumed
+    resume_per_address: int = 8  # answers of one address without a socket; tabs of one person
+    resume_max: int = 64  # of all addresses: 16 MiB with full rings
     ping_interval_s: float = 25.0  # below the idle limits of proxies: 55 s and more
     drain_s: float = 20.0  # how long running answers may go on after SIGTERM; hosts kill after 30 s
 
@@ -35,6 +42,8 @@ class GenerationLimits:
 
     session_max_length: int = 8192  # tokens; a model's own limit applies too
     max_new_tokens: int = 1024  # of an answer whose request names no number, or a higher one
+    running_max: int = 64  # of all APIs at the same time; further ones wait in the queue
+    waiting_max: int = 200  # in the queue; further ones are refused
     http_max: int = 24  # HTTP requests that generate at the same time
     sse_ping_interval_s: float = 10.0  # signs of life in HTTP streams; the shortest idle limits of proxies are 30 s
     temperature: float = 0.6  # when a request of protocol 3 or an OpenAI path names none; 0 is greedy
@@ -74,6 +83,8 @@ class SiteConfig:
                 f"at least 1 socket and 4 threads for HTTP are needed, got ws_max={self.sockets.ws_max} "
                 f"and http_threads={self.http_threads}"
             )
+        if self.generation.running_max < 1:
+            raise ConfigError("running_max is 0; at least 1 generation has to run")
 
 
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}

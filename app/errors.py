@@ -116,6 +116,23 @@ def report_error(error: BaseException, request_id: str) -> ErrorReport:
     return ErrorReport("InternalError", "internal_error", message, True, request_id)
 
 
+RETRY_AFTER_S = {
+    "busy": 1,
+    "draining": 5,
+    "stream_lost": 1,
+    "no_capacity": 15,
+    "cache_full": 15,
+    "model_loading": 30,
+    "missing_blocks": 30,
+}
+"""When another try is worth it, by code: guesses of how long such a state lasts; others may be tried at once."""
+
+
+def retry_after_s(report: ErrorReport) -> int | None:
+    """Return after how many seconds to try again; None where that would not help."""
+    return RETRY_AFTER_S.get(report.code, 0) if report.retryable else None
+
+
 HTTP_STATUS = {
     "model_not_found": 404,
     "origin_not_allowed": 403,

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 from app.errors import ReplacedError, SiteDrainingError
 from app.http_peer import HttpPeer, PeerGoneError
 from app.site import Site
+from swarm_protocol.errors import CancelledStepError
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class Generation(Generic[T]):
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            with self._site.http_generations.take():
+            with self._site.http_generations.take(), self._site.queue.turn(self._queued):
                 self._work(self)
         except Exception as found:  # the outermost place of the thread: the request's thread tells the client
             error = found
@@ -124,6 +125,11 @@ class Generation(Generic[T]):
             except Exception:
                 logger.exception("cannot end a generation")
             self._put(_End(error))
+
+    def _queued(self, _position: int) -> None:
+        """Leave the queue of generations when nobody waits any more."""
+        if self.is_cancelled:
+            raise CancelledStepError("the request was given up before its turn came")
 
     def _put(self, item: T | _End) -> None:
         while not self._is_abandoned.is_set():

@@ -16,6 +16,27 @@ class CloseCode(int, Enum):
     RESTART = 1012
     ORIGIN = 4403
     IDLE = 4408
+    TAKEN_OVER = 4409
+    TOO_MANY = 4429
+
+
+FLOOD_WINDOW_S = 10.0  # in which a client of protocol 3 may send as many frames as may wait
+
+
+class FrameRate:
+    """Counts the frames of one client, whose answers may come faster than it could fill a queue."""
+
+    def __init__(self, limits: SocketLimits) -> None:
+        self._most = limits.max_queued_frames
+        self._since_s = float("-inf")
+        self._count = 0
+
+    def is_flood(self, now_s: float) -> bool:
+        """Count a frame; return whether that was one too many."""
+        if now_s - self._since_s >= FLOOD_WINDOW_S:
+            self._since_s, self._count = now_s, 0
+        self._count += 1
+        return self._count > self._most
 
 
 def is_flood(queued: Collection[str | bytes], limits: SocketLimits) -> bool:

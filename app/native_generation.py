@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.chat_protocol import Timings
-from app.config import GenerationLimits
+from app.config import GenerationLimits, SiteConfig
 from app.limits import tokens_per_s
-from app.request_models import Generate, Sampling
+from app.request_models import MAX_STOPS, Generate, Sampling
 from swarm_client.generation.text_session import SamplingParams
 
 
@@ -43,13 +43,34 @@ def site_sampling(
     )
 
 
+def offered_limits(max_length: int, config: SiteConfig) -> dict[str, int]:
+    """Return the `limits` that a client of protocol 3 is told."""
+    return {
+        "max_length": max_length,
+        "max_new_tokens": min(max_length, config.generation.max_new_tokens),
+        "max_stops": MAX_STOPS,
+        "max_frame_bytes": config.sockets.max_frame_bytes,
+    }
+
+
+def offered_defaults(max_length: int, limits: GenerationLimits) -> dict[str, float | int | None]:
+    """Return what `native_sampling` takes where a request says nothing; None is not applied."""
+    return {
+        "temperature": limits.temperature,
+        "top_p": limits.top_p,
+        "top_k": None,
+        "min_p": None,
+        "repetition_penalty": None,
+        "max_new_tokens": min(max_length, limits.max_new_tokens),
+    }
+
+
 @dataclass(slots=True)
 class AnswerMeter:
     """Counts the tokens of one answer and takes its times; `started_s` is when the request was accepted."""
 
     started_s: float
     num_tokens: int = 0
-    _seq: int = 0
     _first_s: float | None = None
     _last_s: float = 0.0
     _first_tokens: int = 0
@@ -62,11 +83,6 @@ class AnswerMeter:
             self._first_s, self._first_tokens = now_s, num_tokens
         self._last_s = now_s
         self.num_tokens += num_tokens
-
-    def next_seq(self) -> int:
-        """Return the number of the next piece, from 0 on."""
-        self._seq += 1
-        return self._seq - 1
 
     def timings(self) -> Timings:
         """Return the time to the first token, and the speed behind the first piece, which carries the prefill."""

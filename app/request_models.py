@@ -86,10 +86,19 @@ class LegacyOpen(Fields):
 
 
 class Open(Fields):
-    """Protocol 3 `open`."""
+    """Protocol 3 `open`; with `resume` an answer goes on for a while when the connection breaks."""
 
     model: str | None = None
     max_length: TokenCount = None
+    resume: Annotated[bool, none_as_default(False)] = False
+
+
+class Resume(Fields):
+    """Protocol 3 `resume`, in place of an `open`: the frames of the generation `id` from `from_seq` on."""
+
+    token: Annotated[str, Field(max_length=64)]
+    id: RequestId
+    from_seq: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
 
 
 class Message(Fields):
@@ -109,6 +118,7 @@ class Params(Sampling):
 class Generate(Fields):
     """Protocol 3 `generate`: the whole conversation, of which the session computes only what is new.
 
+    With `continue` the last message is an assistant's, and the answer goes on with its text.
     With `times` the `done` says where the time went.
     """
 
@@ -116,6 +126,7 @@ class Generate(Fields):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     params: Annotated[Params, none_as_default({})] = Params()
     stop: Stops = Field(default_factory=list)
+    is_continued: Annotated[bool, none_as_default(False)] = Field(default=False, validation_alias="continue")
     times: Annotated[bool, none_as_default(False)] = False
 
     def chat_messages(self) -> tuple[ChatMessage, ...]:
@@ -127,6 +138,16 @@ class Cancel(Fields):
     """Protocol 3 `cancel`: end the generation `id`, or whichever runs; the session stays."""
 
     id: RequestId | None = None
+
+
+class Rewind(Fields):
+    """Protocol 3 `rewind`: keep the first `messages` messages of the conversation that was sent last."""
+
+    messages: Annotated[int, Field(ge=0, le=MAX_MESSAGES)]
+
+
+class Bye(Fields):
+    """Protocol 3 `bye`: the client leaves, and nothing is to be kept for it."""
 
 
 class Ping(Fields):

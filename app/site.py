@@ -5,11 +5,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from app.config import SiteConfig
 from app.errors import NoCapacityError
+from app.generation_queue import GenerationQueue
 from app.in_flight import InFlight
+from app.kept_conversations import AddressCount, KeptConversations
 from app.model_registry import ModelRegistry
+
+if TYPE_CHECKING:
+    from app.chat_conversation import Conversation
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +109,9 @@ class Site:
         self.sockets = Places("websockets", config.sockets.ws_max)
         self.http_generations = Places("places for HTTP requests", config.generation.http_max)
         self.in_flight = InFlight()
+        self.queue = GenerationQueue(config.generation.running_max, config.generation.waiting_max)
+        self.kept: KeptConversations[Conversation] = KeptConversations(config.sockets)
+        self.addresses = AddressCount(config.sockets.ws_per_address)
         self.drain = Drain(config.sockets.drain_s)
 
     @property

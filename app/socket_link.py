@@ -1,17 +1,16 @@
 """A websocket as the chat sees it: frames in, frames out, and word from the reading thread while a step blocks."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 from simple_websocket import ConnectionClosed
 from wsproto.utilities import LocalProtocolError
 
-from app.chat_protocol import is_cancel_of
 from app.config import SocketLimits
-from app.limits import CloseCode, is_flood
+from app.limits import CloseCode, FrameRate, is_flood
 
 
 class SocketGoneError(Exception):
@@ -22,12 +21,6 @@ class FloodError(OSError):
     """Raised in the reading thread to end it; simple-websocket takes an OSError for the end of the connection."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
-    generation_id: str | None
-    interrupt: Callable[[], None]
-
-
 class SocketLink:
     """Owns one simple-websocket connection. `receive`, `send` and `close` belong to the handler's thread."""
 
@@ -36,8 +29,10 @@ class SocketLink:
         self._lock = threading.Lock()
         # Held until a frame is out: a send that finds a close under way would end the connection ahead of its frame.
         self._send_lock = threading.Lock()
-        self._running: _Running | None = None
+        self._interrupt: Callable[[], None] | None = None
+        self._woken = threading.Event()
         self._is_flooded = False
+        self._rate: FrameRate | None = None
         ws.event.listener = self._on_event
         ws.sock.on_close = self._look
 
@@ -45,6 +40,19 @@ class SocketLink:
     def is_gone(self) -> bool:
         """Whether nothing can be sent any more."""
         return self._is_flooded or not self._ws.connected or self._ws.sock.is_closed
+
+    def limit_rate(self) -> None:
+        """Take too many frames in a short time for a flood, though each is answered at once."""
+        self._rate = FrameRate(self._limits)
+
+    def wake(self) -> None:
+        """End the `wait` that runs, or the next one. Any thread."""
+        self._woken.set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until something arrived, the peer is gone, or `wake` was called; so long at most."""
+        self._woken.wait(timeout_s)
+        self._woken.clear()
 
     def receive(self, timeout_s: float) -> str | bytes | None:
         """Return the next frame, or None after `timeout_s` without one. Raises SocketGoneError."""
@@ -74,22 +82,23 @@ class SocketLink:
             self._ws.close(code.value, reason)
 
     @contextmanager
-    def interrupting(self, generation_id: str | None, interrupt: Callable[[], None]) -> Iterator[None]:
-        """Have `interrupt` called as soon as the peer cancels `generation_id`, floods, or is gone. Any thread."""
+    def interrupting(self, interrupt: Callable[[], None]) -> Iterator[None]:
+        """Have `interrupt` called as soon as the peer floods or is gone. Any thread."""
         with self._lock:
-            self._running = _Running(generation_id, interrupt)
+            self._interrupt = interrupt
         self._look()
         try:
             yield
         finally:
             with self._lock:
-                self._running = None
+                self._interrupt = None
 
     def _on_event(self) -> None:
         """Look at what the reading thread just took in. Runs in that thread."""
         if self._is_flooded:
             return
-        if is_flood(tuple(self._ws.input_buffer), self._limits):
+        is_too_fast = self._rate is not None and self._rate.is_flood(time.monotonic())
+        if is_too_fast or is_flood(tuple(self._ws.input_buffer), self._limits):
             self.close(CloseCode.FLOOD, "too many frames at once")
             self._is_flooded = True
             self._look()
@@ -97,11 +106,7 @@ class SocketLink:
         self._look()
 
     def _look(self) -> None:
+        self._woken.set()
         with self._lock:
-            running = self._running
-            if running is not None and (self.is_gone or self._is_cancelled(running)):
-                running.interrupt()
-
-    def _is_cancelled(self, running: _Running) -> bool:
-        wanted = running.generation_id
-        return wanted is not None and any(is_cancel_of(frame, wanted) for frame in tuple(self._ws.input_buffer))
+            if self._interrupt is not None and self.is_gone:
+                self._interrupt()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swarm_client.config import ClientConfig
-    from swarm_client.events import Recovered, RouteChanged, RoutePart, Waiting
+    from swarm_client.events import Prefilled, Recovered, RouteChanged, RoutePart, Waiting
     from swarm_client.generation.text_session import (
         ChatMessage,
         SamplingParams,
@@ -38,6 +38,7 @@ __all__ = [
     "DistributedCausalLM",
     "GenerationTimes",
     "InferenceSession",
+    "Prefilled",
     "Recovered",
     "RouteChanged",
     "RoutePart",
@@ -59,6 +60,7 @@ _HOMES = {
     "DistributedCausalLM": "swarm_client.model",
     "GenerationTimes": "swarm_client.generation_times",
     "InferenceSession": "swarm_client.inference_session",
+    "Prefilled": "swarm_client.events",
     "Recovered": "swarm_client.events",
     "RouteChanged": "swarm_client.events",
     "RoutePart": "swarm_client.events",

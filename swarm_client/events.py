@@ -1,6 +1,7 @@
 """Pure: what a session tells while it runs: its route changed, it waits for blocks, it goes on again.
 
     opened ── route_changed(opened)
+    a prompt of several pieces ── prefilled after each but the last
     a node fails ── waiting(looking) ── waiting(why nobody could take over) each second …
         … until others did ── route_changed(why) ── recovered
         … or the time is over: the step ends with the error
@@ -122,7 +123,26 @@ class Recovered:
         return {"stall_s": round(self.stall_s, 3), "tokens": self.num_tokens, "message": self.message}
 
 
-SessionEvent = RouteChanged | Waiting | Recovered
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """`done` of the `total` tokens of a prompt are cached; told after each piece of a long one but the last."""
+
+    kind: ClassVar[str] = "prefilled"
+
+    done: int
+    total: int
+
+    @property
+    def message(self) -> str:
+        """The sentence for people."""
+        return f"{self.done} of {self.total} tokens of the prompt are computed"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as the APIs show them."""
+        return {"prefill_done": self.done, "prefill_total": self.total}
+
+
+SessionEvent = RouteChanged | Waiting | Recovered | Prefilled
 EventListener = Callable[[SessionEvent], None]
 
 

@@ -4,7 +4,16 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from swarm_client.events import NO_ANSWER, EventListener, Recovered, RouteChanged, RoutePart, RouteReason, Waiting
+from swarm_client.events import (
+    NO_ANSWER,
+    EventListener,
+    Prefilled,
+    Recovered,
+    RouteChanged,
+    RoutePart,
+    RouteReason,
+    Waiting,
+)
 from swarm_client.recovery import Patience
 from swarm_client.routing.find_route import Hop
 from swarm_protocol.errors import MissingBlocksError, SwarmError
@@ -37,6 +46,10 @@ class SessionNews:
     def advanced(self) -> None:
         """A step begins, or came by a node."""
         self._advanced_s = asyncio.get_running_loop().time()
+
+    def prefilled(self, done: int, total: int) -> None:
+        """So many tokens of a prompt came through the whole route."""
+        self.listener(Prefilled(done, total))
 
     def recovered(self, num_tokens: int) -> None:
         """What went wrong since the session advanced last is made good."""

@@ -141,13 +141,20 @@ class SwarmSession:
         self._route.check_open()
         most = max(1, self._config.step_tokens // self._batch_size)
         results: list[StepResult] = []
+
+        def came_back(result: StepResult) -> None:
+            results.append(result)
+            done = sum(found.outputs[-1].shape[1] for found in results)
+            if done < num_tokens:
+                self.news.prefilled(position + done, position + num_tokens)
+
         if len(self._route.legs) > 1 and num_tokens >= FIRST_TOKENS + LEAST_TOKENS and not every_span:
             async with self._stepping(position):
                 try:
                     await fly_pieces(
                         lambda start, end: self._take_off(cut(start, end), position + start),
                         self._fly,
-                        lambda flight, result: results.append(self._landed(flight, result)),
+                        lambda flight, result: came_back(self._landed(flight, result)),
                         num_tokens,
                         len(self._route.legs),
                         most,
@@ -159,11 +166,11 @@ class SwarmSession:
                     logger.info("going on through the client: %s", problems.exceptions[0])
                 while self._flights:
                     flight = self._flights[0]
-                    results.append(self._landed(flight, await self._drive(flight)))
+                    came_back(self._landed(flight, await self._drive(flight)))
         done = sum(result.outputs[-1].shape[1] for result in results)
         while done < num_tokens or not results:
             end = min(num_tokens, done + most)
-            results.append(await self.step(cut(done, end), position + done, every_span=every_span))
+            came_back(await self.step(cut(done, end), position + done, every_span=every_span))
             done = end
         return results
 

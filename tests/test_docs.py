@@ -23,17 +23,21 @@ from app import chat_protocol as chat
 from app import errors as site_errors
 from app.config import GenerationLimits, SecurityConfig, SiteConfig, SocketLimits, config_from_env
 from app.limits import CloseCode
+from app.native_generation import offered_defaults, offered_limits
 from app.request_models import OneShot
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig, NodeLimits
 from swarm_client.config import ClientConfig
-from swarm_client.events import Recovered, RouteChanged, RouteReason, Waiting
+from swarm_client.events import Prefilled, Recovered, RouteChanged, RoutePart, RouteReason, Waiting
 from swarm_client.time_log import TimeLog
 from swarm_protocol import errors
+from swarm_protocol.ids import PeerId
 from swarm_protocol.messages import MESSAGE_TYPES
 from swarm_protocol.records import NodeRecord
 from swarm_protocol.session_state import TRANSITIONS, State
+from swarm_protocol.spans import Span
 from swarm_protocol.transport.network_config import NetworkConfig
 
+PART = RoutePart(Span(0, 1), PeerId("p"))
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("wire", "session", "configuration", "running-a-node", "api", "threat-model")
 FILES = [*(ROOT / "docs" / f"{name}.md" for name in PAGES)]
@@ -308,7 +312,8 @@ def json_examples() -> Iterator[dict[str, object]]:
 def test_frames_of_clients_are_understood() -> None:
     kinds = set()
     for values in json_examples():
-        for protocol in (None, 3 if "id" in values else 2):
+        is_newer = {"id", "messages"} & set(values) or values == {"type": "bye"}
+        for protocol in (None, 3 if is_newer else 2):
             if (protocol, values.get("type")) in chat._COMMANDS:
                 kinds.add(type(command := chat.parse_command(dict(values), protocol)))
                 sent = set(values) - {"type", "protocol"}
@@ -319,12 +324,17 @@ def test_frames_of_clients_are_understood() -> None:
 def test_frames_of_the_site_have_the_fields_that_it_sends() -> None:
     report = site_errors.ErrorReport("K", "c", "m", False, "r")
     usage, timings = chat.Usage(1, 2, 3), chat.Timings(1.0, None)
-    told = [RouteChanged("opened", (), (), ()), Waiting((), "", 0.0, None), Recovered(0.0, 0)]
+    told = [RouteChanged("opened", (), (), ()), Waiting((), "", 0.0, None), Recovered(0.0, 0), Prefilled(1, 2)]
+    offer = chat.Offer("s", "m", 1, offered_limits(1, SiteConfig()), offered_defaults(1, GenerationLimits()), (PART,))
+    done = chat.Done("i", "stop", usage, timings, (PART,))
+    timed = dataclasses.replace(done, times=TimeLog().report().as_json())
     frames = [
-        chat.opened_frame(chat.Opened("s", "m", 1, 1)), chat.started_frame("i"),
-        chat.delta_frame(chat.Delta("i", 0, "t", 1)), chat.done_frame(chat.Done("i", "stop", usage, timings)),
-        chat.done_frame(chat.Done("i", "stop", usage, timings, TimeLog().report().as_json())),
-        *(chat.event_frame(event, "i") for event in told), chat.error_frame(report, None),
+        chat.opened_frame(dataclasses.replace(offer, route=()), "t"), chat.resumed_frame(offer, "i", 0),
+        chat.not_resumed_frame("lost"), chat.started_frame("i", 0, 0), chat.queued_frame("i", 0, 0),
+        chat.delta_frame(chat.Delta("i", "t", 1), 0), chat.done_frame(done, 0), chat.done_frame(timed, 0),
+        chat.heartbeat_frame("i"), chat.rewound_frame(0),
+        *(chat.event_frame(event, "i", 0) for event in told), chat.error_frame(report, None),
+        chat.error_frame(report, "i", 0),
         chat.legacy_opened_frame(), chat.legacy_error_frame(report),
         chat.legacy_reply_frame(chat.LegacyReply("t", True, 1)),
     ]  # fmt: skip
@@ -342,7 +352,7 @@ def _shape(values: object) -> object:
 def test_every_kind_of_frame_is_in_the_table() -> None:
     table = tables(section(page("api"), "Protocol 3"))[0]
     sent = set(re.findall(r'_dump\(\s*type="(\w+)"', inspect.getsource(chat)))
-    received = {kind for protocol, kind in chat._COMMANDS if protocol == 3}
+    received = {kind for protocol, kind in chat._COMMANDS if protocol == 3} | {"resume"}
     assert {code_spans(row[0])[0] for row in table if row[1] == "site"} == sent
     assert {code_spans(row[0])[0] for row in table if row[1] == "client"} == received
 

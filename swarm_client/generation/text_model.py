@@ -13,7 +13,7 @@ import torch
 from swarm_client.events import EventListener
 from swarm_client.generation.embedder import DistributedEmbedder
 from swarm_client.generation.ends_worker import ENDS_WORKER, ChosenToken, EndsRow
-from swarm_client.generation.prompt_format import chat_stop, chat_token_ids, common_prefix
+from swarm_client.generation.prompt_format import chat_stop, chat_token_ids, common_prefix, continued_ids
 from swarm_client.generation.sampling import TokenChooser
 from swarm_client.generation.stream import NextToken, stream_text
 from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta
@@ -57,10 +57,12 @@ class DistributedTextModel:
         with self._encode_lock:  # a fast tokenizer refuses to be used by two threads at once ("Already borrowed")
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
-    def chat_token_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Return the chat prompt of `messages`. Raises InvalidRequestError."""
+    def chat_token_ids(
+        self, messages: Sequence[ChatMessage], *, continue_last: bool = False, has_turn: bool = True
+    ) -> list[int]:
+        """Return the chat prompt of `messages`; see `prompt_format`. Raises InvalidRequestError."""
         with self._encode_lock:
-            return chat_token_ids(self._tokenizer, messages)
+            return chat_token_ids(self._tokenizer, messages, continue_last=continue_last, has_turn=has_turn)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Return the text of `token_ids`, spaces as they are."""
@@ -149,9 +151,11 @@ class DistributedTextSession:
         self._token_ids += ids
         return len(ids)
 
-    def set_messages(self, messages: Sequence[ChatMessage]) -> int:
+    def set_messages(self, messages: Sequence[ChatMessage], *, continue_last: bool = False) -> int:
         """Make the session hold the chat prompt of `messages`; see `TextSession`."""
-        ids = self._model.chat_token_ids(messages)
+        ids = self._model.chat_token_ids(messages, continue_last=continue_last)
+        if continue_last:
+            ids = continued_ids(self._token_ids, ids, self._model.encode, self._decode_all)
         if len(ids) >= self.max_length:
             raise MaxLengthError(len(ids), 1, self.max_length)
         kept = min(common_prefix(self._token_ids, ids), len(ids) - 1, self._session.position)
@@ -159,6 +163,16 @@ class DistributedTextSession:
         self._token_ids = ids
         self._turn_stop = self._model.turn_stop
         return kept
+
+    def keep_messages(self, messages: Sequence[ChatMessage]) -> int:
+        """Drop the tokens behind those of `messages`; see `TextSession`."""
+        ids = self._model.chat_token_ids(messages, has_turn=False) if messages else []
+        kept = common_prefix(self._token_ids, ids)
+        self.replace_tail(len(self._token_ids) - kept, ())
+        return kept
+
+    def _decode_all(self, token_ids: Sequence[int]) -> str:
+        return self._model.decode(token_ids, skip_special_tokens=False)
 
     def replace_tail(self, num_tokens: int, token_ids: Sequence[int]) -> None:
         """Drop the last `num_tokens` tokens and put `token_ids` in their place; see `TextSession`."""

@@ -89,11 +89,18 @@ class TextSession(Protocol):
         Raises MaxLengthError if the session would be too long, and then appends nothing.
         """
 
-    def set_messages(self, messages: Sequence[ChatMessage]) -> int:
+    def set_messages(self, messages: Sequence[ChatMessage], *, continue_last: bool = False) -> int:
         """Make the session hold the chat prompt of `messages`, ready for the assistant's turn.
 
+        With `continue_last` the last message is the assistant's, and what is generated next goes on with its text.
         Keeps the longest prefix of tokens that agrees with what is there. Returns the number of kept tokens.
         Raises MaxLengthError if the prompt leaves no room, InvalidRequestError if the template refuses the messages.
+        """
+
+    def keep_messages(self, messages: Sequence[ChatMessage]) -> int:
+        """Drop the tokens behind those that the chat prompt of `messages` begins with; return how many stay.
+
+        Raises InvalidRequestError if the template refuses the messages.
         """
 
     def replace_tail(self, num_tokens: int, token_ids: Sequence[int]) -> None:

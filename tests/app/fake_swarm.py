@@ -175,18 +175,28 @@ class FakeSession:
         self._restart(text)
         return count
 
-    def set_messages(self, messages: Sequence[ChatMessage]) -> int:
-        if messages[-1].role != "user":
+    def set_messages(self, messages: Sequence[ChatMessage], *, continue_last: bool = False) -> int:
+        if messages[-1].role != ("assistant" if continue_last else "user"):
             raise InvalidRequestError("the last message must be the user's")
         parts = [f"<{message.role}>{message.content}{EOS}" for message in messages]
-        prompt = self.model.encode("".join(parts) + "<assistant>")
+        whole = "".join(parts)
+        prompt = self.model.encode(whole.removesuffix(EOS) if continue_last else whole + "<assistant>")
         kept = 0
         while kept < min(len(prompt), len(self.ids)) and prompt[kept] == self.ids[kept]:
             kept += 1
         del self.ids[kept:]
         self._append(prompt[kept:])
-        self._restart(messages[-1].content)
+        self._restart(messages[-2 if continue_last else -1].content)
+        if continue_last:
+            del self._script[: len(self.model.encode(messages[-1].content))]
         return kept
+
+    def keep_messages(self, messages: Sequence[ChatMessage]) -> int:
+        prompt = self.model.encode("".join(f"<{message.role}>{message.content}{EOS}" for message in messages))
+        while prompt != self.ids[: len(prompt)]:
+            prompt.pop()
+        del self.ids[len(prompt) :]
+        return len(prompt)
 
     def replace_tail(self, num_tokens: int, token_ids: Sequence[int]) -> None:
         if num_tokens:

@@ -56,7 +56,7 @@ class Client:
         """Return the text of the deltas, and the first event of a kind; those of the kinds in `skip` may come too."""
         text = ""
         while (event := self.receive(timeout_s))["type"] != kind:
-            assert event["type"] in ("started", "delta", "pong", "error", *skip), event
+            assert event["type"] in ("started", "progress", "delta", "pong", "error", *skip), event
             text += event.get("text", "")
         return text, event
 

@@ -10,26 +10,55 @@ from app.chat_protocol import (
     Delta,
     Done,
     LegacyReply,
-    Opened,
+    Offer,
     Timings,
     Usage,
     bye_frame,
     delta_frame,
     done_frame,
     error_frame,
-    is_cancel_of,
+    event_frame,
+    heartbeat_frame,
     legacy_error_frame,
     legacy_opened_frame,
     legacy_reply_frame,
+    not_resumed_frame,
     opened_frame,
     parse_frame,
     pong_frame,
+    queued_frame,
+    resumed_frame,
+    rewound_frame,
     started_frame,
 )
 from app.errors import ModelNotFoundError, SessionExpiredError, http_status, report_error
-from app.request_models import Cancel, Generate, LegacyGenerate, LegacyOpen, Open, Ping, parse_fields
+from app.request_models import (
+    Bye,
+    Cancel,
+    Generate,
+    LegacyGenerate,
+    LegacyOpen,
+    Open,
+    Ping,
+    Resume,
+    Rewind,
+    parse_fields,
+)
+from swarm_client.events import Prefilled, RoutePart
 from swarm_protocol.errors import CacheFullError, InvalidRequestError, MalformedFrameError, MaxLengthError, SwarmError
+from swarm_protocol.ids import PeerId
+from swarm_protocol.spans import Span
 
+OFFER = Offer(
+    "s", "m", 512, {"max_length": 512}, {"temperature": 0.6}, (RoutePart(Span(0, 12), PeerId("12D3KooWfirst1")),)
+)
+OFFERED = {
+    "session_id": "s",
+    "model": {"id": "m", "context_length": 512},
+    "limits": {"max_length": 512},
+    "defaults": {"temperature": 0.6},
+    "served_by": {"num_nodes": 1, "route": [{"peer": "…first1", "blocks": "0:12"}]},
+}
 GENERATE = {"type": "generate", "id": "a", "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -39,7 +68,10 @@ GENERATE = {"type": "generate", "id": "a", "messages": [{"role": "user", "conten
         (None, {"type": "open_inference_session", "max_length": 512}, LegacyOpen(max_length=512)),
         (None, {"type": "open_inference_session", "model": "m", "x": 1}, LegacyOpen(model="m")),
         (None, {"type": "open_inference_session", "model": None, "max_length": None}, LegacyOpen()),
-        (None, {"type": "open", "protocol": 3, "model": "m", "resume": True, "auth": "k"}, Open(model="m")),
+        (None, {"type": "open", "protocol": 3, "model": "m", "resume": True, "x": "k"}, Open(model="m", resume=True)),
+        (None, {"type": "resume", "token": "t", "id": "a", "from_seq": 3}, Resume(token="t", id="a", from_seq=3)),
+        (3, {"type": "rewind", "messages": 2}, Rewind(messages=2)),
+        (3, {"type": "bye"}, Bye()),
         (3, {"type": "open", "protocol": 3}, Open()),
         (3, {"type": "cancel", "id": "a"}, Cancel(id="a")),
         (3, {"type": "cancel"}, Cancel()),
@@ -146,24 +178,9 @@ def test_any_frame_is_a_command_or_a_typed_error(frame, protocol):
         assert json.loads(legacy_error_frame(report))["ok"] is False
         assert json.loads(error_frame(report, None))["code"] in ("malformed_frame", "invalid_request")
     else:
-        assert isinstance(command, LegacyOpen | LegacyGenerate | Open | Generate | Cancel | Ping)
-    assert is_cancel_of(frame, "a") in (True, False)
-
-
-@pytest.mark.parametrize(
-    ("frame", "is_cancel"),
-    [
-        ('{"type":"cancel","id":"a"}', True),
-        ('{"type":"cancel"}', True),
-        ('{"type":"cancel","id":"b"}', False),
-        ('{"type":"ping","id":"cancel"}', False),
-        ('{"type":"cancel","id":"a"' + " " * 600 + "}", False),
-        ("cancel", False),
-        (b'{"type":"cancel"}', False),
-    ],
-)
-def test_a_cancel_is_known_by_its_generation(frame, is_cancel):
-    assert is_cancel_of(frame, "a") is is_cancel
+        assert isinstance(
+            command, LegacyOpen | LegacyGenerate | Open | Resume | Generate | Rewind | Cancel | Ping | Bye
+        )
 
 
 @pytest.mark.parametrize(
@@ -174,25 +191,34 @@ def test_a_cancel_is_known_by_its_generation(frame, is_cancel):
             legacy_reply_frame(LegacyReply(" hé\n", True, 2)),
             {"ok": True, "outputs": " hé\n", "stop": True, "token_count": 2},
         ),
-        (started_frame("a"), {"type": "started", "id": "a"}),
-        (delta_frame(Delta("a", 3, "x", 1)), {"type": "delta", "id": "a", "seq": 3, "text": "x", "tokens": 1}),
+        (started_frame("a", 0, 2), {"type": "started", "id": "a", "seq": 0, "queue_position": 2}),
+        (queued_frame("a", 1, 1), {"type": "queued", "id": "a", "seq": 1, "position": 1}),
+        (
+            event_frame(Prefilled(3, 9), "a", 2),
+            {"type": "progress", "id": "a", "seq": 2, "prefill_done": 3, "prefill_total": 9},
+        ),
+        (heartbeat_frame("a"), {"type": "heartbeat", "id": "a"}),
+        (rewound_frame(7), {"type": "rewound", "position": 7}),
+        (not_resumed_frame("expired"), {"type": "resumed", "resumed": False, "reason": "expired"}),
+        (resumed_frame(OFFER, "a", 4), {"type": "resumed", "resumed": True, **OFFERED, "id": "a", "from_seq": 4}),
+        (delta_frame(Delta("a", "x", 1), 3), {"type": "delta", "id": "a", "seq": 3, "text": "x", "tokens": 1}),
         (pong_frame(Ping()), {"type": "pong"}),
         (pong_frame(Ping(id="p")), {"type": "pong", "id": "p"}),
         (bye_frame("draining"), {"type": "bye", "reason": "draining"}),
         (
-            opened_frame(Opened("s", "m", 512, 100)),
-            {"type": "opened", "protocol": 3, "session_id": "s", "model": {"id": "m", "context_length": 512},
-             "limits": {"max_length": 512, "max_new_tokens": 100}},
+            opened_frame(OFFER, "ab12"),
+            {"type": "opened", "protocol": 3, **OFFERED, "resume_token": "ab12"},
         ),
         (
-            done_frame(Done("a", "stop", Usage(5, 2, 3), Timings(0.1, None))),
-            {"type": "done", "id": "a", "finish_reason": "stop",
+            done_frame(Done("a", "stop", Usage(5, 2, 3), Timings(0.1, None), OFFER.route), 9),
+            {"type": "done", "id": "a", "seq": 9, "served_by": OFFERED["served_by"], "finish_reason": "stop",
              "usage": {"prompt_tokens": 5, "completion_tokens": 2, "cached_tokens": 3},
              "timings": {"ttft_s": 0.1, "tokens_per_s": None}},
         ),
         (
-            error_frame(report_error(CacheFullError(9, 1), "r1"), "a"),
-            {"type": "error", "id": "a", "code": "cache_full", "retryable": True, "request_id": "r1",
+            error_frame(report_error(CacheFullError(9, 1), "r1"), "a", 5),
+            {"type": "error", "id": "a", "seq": 5, "retry_after": 15,
+             "code": "cache_full", "retryable": True, "request_id": "r1",
              "message": "attention cache is full: 9 tokens needed, 1 free"},
         ),
     ],
@@ -233,3 +259,22 @@ def test_form_values_are_read_like_json():
     fields = {"inputs": "a", "max_new_tokens": "3", "do_sample": "1", "temperature": "0.7", "x": "y"}
     command = parse_fields(LegacyGenerate, fields)
     assert command == LegacyGenerate(inputs="a", max_new_tokens=3, do_sample=True, temperature=0.7)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        {"type": "resume", "token": "t", "id": "a", "from_seq": -1},
+        {"type": "resume", "id": "a"},
+        {"type": "resume", "token": "t" * 65, "id": "a"},
+    ],
+)
+def test_a_resume_is_checked(frame):
+    with pytest.raises(InvalidRequestError):
+        parse_frame(json.dumps(frame), None)
+
+
+def test_a_client_says_that_an_answer_is_to_go_on():
+    assert not parse_frame(json.dumps(GENERATE), 3).is_continued
+    assert parse_frame(json.dumps({**GENERATE, "continue": True}), 3).is_continued
+    assert not parse_frame(json.dumps({**GENERATE, "continue": None}), 3).is_continued

@@ -1,9 +1,12 @@
 """What a client may ask for, tables and edges; and how an answer is measured."""
 
+from dataclasses import replace
+
 import pytest
 
 from app.config import GenerationLimits, SocketLimits
-from app.limits import answer_length, is_expired, is_flood, session_length, tokens_per_s
+from app.kept_conversations import AddressCount
+from app.limits import FrameRate, answer_length, is_expired, is_flood, session_length, tokens_per_s
 from app.native_generation import AnswerMeter, native_sampling
 from app.request_models import Generate
 from swarm_protocol.errors import MaxLengthError
@@ -53,7 +56,6 @@ def test_an_answer_is_measured_from_its_second_piece():
     for count, now_s in [(0, 10.1), (2, 10.5), (1, 11.0), (1, 11.5)]:
         meter.count(count, now_s)
     assert (meter.num_tokens, meter.timings().ttft_s, meter.timings().tokens_per_s) == (4, 0.5, 2.0)
-    assert (meter.next_seq(), meter.next_seq()) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -69,3 +71,16 @@ def test_sites_defaults_fill_what_a_request_leaves_open(params, expected):
     request = Generate.model_validate({"id": "a", "messages": [{"role": "user", "content": "x"}], "params": params})
     found = native_sampling(request, 5, GenerationLimits())
     assert (found.do_sample, found.temperature, found.top_p) == expected
+
+
+def test_frames_that_come_too_fast_are_a_flood_however_soon_they_are_answered():
+    rate = FrameRate(replace(SocketLimits(), max_queued_frames=3))
+    assert [rate.is_flood(now_s) for now_s in (0.0, 1.0, 2.0, 9.9, 10.0, 10.1)] == [False] * 3 + [True] + [False] * 2
+
+
+def test_places_of_an_address_are_counted_and_given_back():
+    count = AddressCount(1)
+    with count.one("a") as first, count.one("a") as second, count.one("b") as other:
+        assert (first, second, other) == (True, False, True)
+    with count.one("a") as again, AddressCount(0).one("a") as unlimited:
+        assert (again, unlimited) == (True, True)

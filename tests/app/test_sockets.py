@@ -26,11 +26,21 @@ def client(site):
 def test_a_conversation_sends_only_what_is_new(client, site):
     opened = client.open(model="umbel/fake-1b", resume=False)
     assert opened["type"] == "opened"
-    assert opened["limits"] == {"max_length": 2048, "max_new_tokens": 1024}
+    assert opened["limits"] == {
+        "max_length": 2048, "max_new_tokens": 1024, "max_stops": 16, "max_frame_bytes": 262144,
+    }  # fmt: skip
+    assert opened["defaults"] == {
+        "temperature": 0.6, "top_p": 0.9, "top_k": None, "min_p": None, "repetition_penalty": None,
+        "max_new_tokens": 1024,
+    }  # fmt: skip
+    assert opened["served_by"] is None
+    assert "resume_token" not in opened
     client.generate("hi")
-    assert client.receive() == {"type": "started", "id": "a"}
+    assert client.receive() == {"type": "started", "id": "a", "seq": 0, "queue_position": 0}
+    assert client.receive() == {"type": "progress", "id": "a", "seq": 1, "prefill_done": 0, "prefill_total": 4}
+    assert client.receive() == {"type": "progress", "id": "a", "seq": 2, "prefill_done": 4, "prefill_total": 4}
     first = client.receive()
-    assert first == {"type": "delta", "id": "a", "seq": 0, "text": "An", "tokens": 1}
+    assert first == {"type": "delta", "id": "a", "seq": 3, "text": "An", "tokens": 1}
     text, done = client.receive_until("done")
     assert first["text"] + text == ANSWER
     assert done["finish_reason"] == "stop"
@@ -277,7 +287,7 @@ def told(client, until="done"):
     """Return the events up to one of a kind, deltas put together and without pongs."""
     events = []
     while not events or events[-1][0] != until:
-        if (event := client.receive())["type"] == "pong":
+        if (event := client.receive())["type"] in ("pong", "progress"):
             continue
         if event["type"] == "delta" and events and events[-1][0] == "delta":
             events[-1] = ("delta", events[-1][1] + event["text"])
@@ -315,7 +325,8 @@ def test_events_carry_what_programs_and_people_need(client):
     while (event := client.receive())["type"] != "waiting" or event["cause"] == "looking":
         pass
     assert event == {
-        "type": "waiting", "id": "a", "blocks": ["12:16"], "cause": "missing_blocks", "waited_s": 0.4, "left_s": 29.6,
+        "type": "waiting", "id": "a", "seq": event["seq"], "blocks": ["12:16"],
+        "cause": "missing_blocks", "waited_s": 0.4, "left_s": 29.6,
         "message": "blocks 12–15 have no node; waiting 30 s more",
     }  # fmt: skip
     _, error = client.receive_until("error", skip=("waiting",))

@@ -35,8 +35,20 @@ class Words:
     def decode(self, token_ids: list[int], **_: object) -> str:
         return "".join(f" {token_id}" for token_id in token_ids)
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> list[int]:
-        return [token for message in messages for token in (*self.encode(message["content"]), 90)] + [91]
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> list[int]:
+        ids = [token for message in messages for token in (*self.encode(message["content"]), 90)]
+        if options.get("continue_final_message"):
+            return ids[:-1]
+        return [*ids, 91] if options.get("add_generation_prompt", True) else ids
+
+
+class TurnWords(Words):
+    """One whose template opens every turn of the assistant with 91."""
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> list[int]:
+        marks = {"assistant": "91 ", "user": ""}
+        marked = [{"content": marks[message["role"]] + message["content"]} for message in messages]
+        return super().apply_chat_template(marked, **options)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +156,31 @@ def test_a_cancel_ends_an_embedding_that_hangs(pair: Pair, model: DistributedTex
     finally:
         timer.join()
         pair.served.freeze(pair.served.nodes[1], is_frozen=False)
+
+
+def test_an_answer_is_continued_with_nothing_computed_twice(
+    pair: Pair,
+    model: DistributedTextModel,
+    session: DistributedTextSession,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model, "_tokenizer", TurnWords())
+    question = ChatMessage("user", "5 17")
+    session.set_messages([question])
+    first = text_of(session, 4)
+    held = len(session.token_ids)
+    kept = session.set_messages([question, ChatMessage("assistant", first)], continue_last=True)
+    assert (kept, len(session.token_ids)) == (held - 1, held)  # the last one was never computed, only chosen
+    assert first + text_of(session, 4) == local_text(pair, [5, 17, 90, 91], 8)
+
+
+def test_a_rewind_keeps_the_tokens_of_the_first_messages(pair: Pair, session: DistributedTextSession) -> None:
+    question = [ChatMessage("user", "5 17"), ChatMessage("assistant", "31"), ChatMessage("user", "8")]
+    session.set_messages(question)
+    text_of(session)
+    assert session.keep_messages(question[:2]) == len(session.token_ids) == 5
+    assert session.set_messages(question) == 5
+    assert session.keep_messages([]) == 0
 
 
 def test_a_tail_may_be_replaced_by_anything(pair: Pair, session: DistributedTextSession) -> None:

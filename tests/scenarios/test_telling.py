@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from swarm_client.events import Recovered, RouteChanged, SessionEvent, Waiting
+from swarm_client.events import Prefilled, Recovered, RouteChanged, SessionEvent, Waiting
 from swarm_protocol.errors import CacheFullError, MissingBlocksError, PeerUnreachableError
 from swarm_protocol.messages import OpenSession, Step, error_reply
 from swarm_protocol.spans import Span
+from swarm_protocol.tensors import to_wire
 from swarm_protocol.transport.memory_net import LinkProfile
 from tests.node.node_scenario import Conversation, states, virtual
 from tests.scenarios.client_scenario import CONFIG, HALVES, Scene, add_scripted_node, local_output, now_s, scene
@@ -208,3 +209,19 @@ async def test_an_undisturbed_session_tells_its_route_and_nothing_more() -> None
         await s.session.open(1)
         await s.steps(states(8))
     assert kinds(events) == ["opened"]
+
+
+@virtual
+async def test_a_long_prompt_tells_how_much_of_it_is_computed() -> None:
+    async with scene(FIRST, SECOND, config=replace(CONFIG, step_tokens=64), max_length=300) as s:
+        events = listening(s)
+        await s.session.open(1)
+        await s.session.run(lambda start, end: to_wire(states(250)[:, start:end]), 40, 0)
+        assert not [event for event in events if isinstance(event, Prefilled)]
+        await s.session.run(lambda start, end: to_wire(states(250)[:, 40 + start : 40 + end]), 210, 40)
+        told = [event for event in events if isinstance(event, Prefilled)]
+        assert len(told) >= 2
+        assert {event.total for event in told} == {250}
+        assert [event.done for event in told] == sorted({event.done for event in told})
+        assert told[0].done > 40
+        assert told[-1].done < 250
