@@ -235,7 +235,7 @@ def test_fifty_broken_sockets_leave_nothing(site):
         client.generate("hi")
         frames_until(client, ("delta", "started") if number % 3 else ("started",))
         drop(client)
-    site.wait_for(lambda counts: {name: counts[name] for name in before} == before, timeout_s=LONG_S)
+    site.wait_for(lambda counts: all(counts[name] <= before[name] for name in before), timeout_s=LONG_S)
 
 
 def test_a_site_that_ends_keeps_no_answer_without_a_socket():
