@@ -29,7 +29,12 @@ def page_config(site: Site) -> dict[str, object]:
     """Return what the page has to know before it connects."""
     config: SiteConfig = site.config
     models = [
-        {"id": entry.name, "status": entry.status, "context_length": entry.context_length}
+        {
+            "id": entry.name,
+            "status": entry.status,
+            "context_length": entry.context_length,
+            "missing": list(entry.missing),
+        }
         for entry in site.models.entries()
     ]
     return {
@@ -38,6 +43,7 @@ def page_config(site: Site) -> dict[str, object]:
         "max_frame_bytes": config.sockets.max_frame_bytes,
         "session_max_length": config.generation.session_max_length,
         "ping_interval_s": config.sockets.ping_interval_s,
+        "initial_peers": list(config.initial_peers),
         "languages": sorted(path.stem for path in (STATIC_FOLDER / "locales").glob("*.json")),
     }
 

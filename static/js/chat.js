@@ -3,7 +3,7 @@
 import { ask, askAgain, edit, fail, isGenerating, lastShown, receive, toSend } from './conversation.js';
 import { byteLength, cancelFrame, generateFrame } from './frames.js';
 import { t } from './i18n.js';
-import { noticeText } from './texts.js';
+import { noticeText, stageText } from './texts.js';
 import { find, path, switchVersion, version } from './tree.js';
 
 const CONFIRM_MS = 3000; // the site confirms a stop within a step; a person need not wait for a step that hangs
@@ -21,15 +21,17 @@ export class Chat extends EventTarget {
   #library;
   #say;
   #maxFrameBytes;
+  #params;
   error = null; // what the alert shows: {code, message, retryable}
 
-  /** `say` is told what a screen reader should read. */
-  constructor({ connection, library, maxFrameBytes, say }) {
+  /** `params()` are those of the next answer; `say` is told what a screen reader should read. */
+  constructor({ connection, library, params, maxFrameBytes, say }) {
     super();
     this.#connection = connection;
     this.#library = library;
     this.#maxFrameBytes = maxFrameBytes;
     this.#say = say;
+    this.#params = params;
     this.conversation = library.create();
     connection.addEventListener('event', ({ detail }) => this.#onEvent(detail));
     connection.addEventListener('lost', ({ detail }) => this.#onLost(detail));
@@ -94,7 +96,7 @@ export class Chat extends EventTarget {
     this.error = null;
     this.#say(t('status.generating'));
     this.#change({ ...next, updatedMs: Date.now() });
-    const frame = generateFrame(next.generationId, toSend(next));
+    const frame = generateFrame(next.generationId, toSend(next), this.#params());
     if (byteLength(frame) > this.#maxFrameBytes) return this.#failWith({ code: 'frame_too_large', retryable: false });
     this.#connection.send(frame);
     this.dispatchEvent(new Event('start'));
@@ -121,6 +123,7 @@ export class Chat extends EventTarget {
     const before = this.conversation;
     if (next === before) return this.#tell();
     this.#announceNotice(answerOf(before)?.notice, answerOf(next)?.notice);
+    this.#announceStage(answerOf(before)?.stage, answerOf(next)?.stage);
     this.conversation = next;
     // A generation's begin and end are written at once, and what streams in from time to time.
     if (next.messages.length) this.#library.put(next, isGenerating(before) !== isGenerating(next));
@@ -131,6 +134,11 @@ export class Chat extends EventTarget {
   /** Say what happens to the answer when that changes, and not every second that a wait takes. */
   #announceNotice(before, now) {
     if (now && (!before || noticeText(before) !== noticeText(now))) this.#say(noticeText(now));
+  }
+
+  /** Say each place in the queue, and that the chat is being read, but not how far. */
+  #announceStage(before, now) {
+    if (now && (now.kind !== before?.kind || now.kind === 'queued')) this.#say(stageText(now));
   }
 
   #announceEnd() {

@@ -23,8 +23,20 @@ export class Connection extends EventTarget {
     addEventListener('online', () => this.#waiting && this.connect());
   }
 
+  /** The model of the session; another one takes another session, which is opened when it is needed. */
   set model(name) {
+    if (name === this.#model) return;
     this.#model = name;
+    const socket = this.#socket;
+    this.#forget();
+    socket?.close(1000);
+  }
+
+  #forget() {
+    clearInterval(this.#pingTimer);
+    clearTimeout(this.#retryTimer);
+    this.#socket = null;
+    this.#isOpened = false;
   }
 
   /** Open the socket unless it is open or being opened. */

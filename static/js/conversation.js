@@ -66,11 +66,12 @@ function waitForAnswer(conversation, parent, generationId) {
   return { ...waiting, generationId, answerKey: waiting.nextKey - 1, expectedSeq: 0 };
 }
 
-/** Return what to send: every message shown that has content; an answer that was cut off stays part of what was said. */
+/** Return what to send: the system prompt and every message shown that has content; an answer that was cut off stays part of what was said. */
 export function toSend(conversation) {
-  return path(conversation)
+  const said = path(conversation)
     .filter(({ role, content, state }) => state !== 'waiting' && (role === 'user' || content !== ''))
     .map(({ role, content }) => ({ role, content }));
+  return conversation.system?.trim() ? [{ role: 'system', content: conversation.system }, ...said] : said;
 }
 
 function withAnswer(conversation, change, rest = {}) {

@@ -33,7 +33,7 @@ export function t(key, values = {}) {
   });
 }
 
-/** Return a whole number as the language writes it. */
+/** Return a number as the language writes it. */
 export const wholeText = (value) => whole.format(value);
 
 /** Return a number with about three digits: 0.4, 12.3, 145. */

@@ -1,6 +1,6 @@
 /** The chat page: puts its parts together, and paints at most once a frame. */
 
-import { Chat } from './chat.js';
+import { answerOf, Chat } from './chat.js';
 import { Composer } from './composer.js';
 import { Connection } from './connection.js';
 import { contextUse } from './conversation.js';
@@ -11,17 +11,19 @@ import { setLanguage } from './language.js';
 import { Library } from './library.js';
 import { MessageView } from './render.js';
 import { Follower } from './scroll.js';
+import { Settings } from './settings.js';
 import { Sidebar } from './sidebar.js';
-import { contextText, errorText, modelText } from './texts.js';
+import { Swarm } from './swarm.js';
+import { contextText, errorText, modelText, stateText } from './texts.js';
 import { setUpTheme } from './theme.js';
 import { path, version } from './tree.js';
 
 const config = JSON.parse(byId('config').textContent);
 const library = new Library();
 await Promise.all([setLanguage(config.languages), library.open()]);
-const model = config.models[0] ?? null;
+const swarm = new Swarm(config.models);
 
-let maxLength = model?.context_length ? Math.min(model.context_length, config.session_max_length) : 0;
+let maxLength = 0;
 let isPaintDue = false;
 let paintedError = null;
 let paintedId = null;
@@ -33,8 +35,23 @@ const follower = new Follower(byId('scroller'), byId('to-end'));
 const socketUrl = new URL(config.socket_path, location.href);
 socketUrl.protocol = location.protocol === 'https:' ? 'wss:' : 'ws:';
 const connection = new Connection(socketUrl.href, config.ping_interval_s);
-connection.model = model?.id ?? null;
-const chat = new Chat({ connection, library, maxFrameBytes: config.max_frame_bytes, say });
+const settings = new Settings({
+  languages: config.languages,
+  handlers: {
+    current: () => ({ model: modelId, system: chat.conversation.messages.length ? chat.conversation.system : settings.system, isBusy: chat.isGenerating }),
+    onModel: useModel,
+    onSystem: (system) => chat.set({ system }),
+    onLanguage: changeLanguage,
+    onOpen() {
+      connection.connect(); // tells limits and defaults
+      swarm.look();
+      settings.showModels(swarm.models);
+    },
+  },
+});
+let modelId = (swarm.get(settings.model) ?? swarm.models[0])?.id ?? null;
+connection.model = modelId;
+const chat = new Chat({ connection, library, params: () => settings.params, maxFrameBytes: config.max_frame_bytes, say });
 const sidebar = new Sidebar({ library, currentId: () => chat.conversation.id, onRename, onDelete, say });
 setUpFiles({ library, current: () => chat.conversation, say, onImported: () => show(library.get(chat.conversation.id)) });
 
@@ -46,12 +63,13 @@ chat.addEventListener('start', () => {
 connection.addEventListener('event', ({ detail: event }) => {
   if (event.type !== 'opened') return;
   maxLength = event.limits?.max_length ?? maxLength;
+  settings.site = event;
   paintSoon();
 });
 
 function newChat({ isTemporary = false } = {}) {
   if (location.hash) history.pushState(null, '', location.pathname + location.search);
-  chat.open(library.create({ isTemporary }));
+  chat.open(library.create({ isTemporary, system: settings.system }));
   say(t(isTemporary ? 'temporary.note' : 'chat.new'));
   sidebar.makeRoom();
   composer.focus();
@@ -61,8 +79,26 @@ function newChat({ isTemporary = false } = {}) {
 function openFromAddress() {
   const record = library.get(location.hash.slice(1));
   if (record?.id === chat.conversation.id) return;
-  chat.open(record ?? library.create());
+  chat.open(record ?? library.create({ system: settings.system }));
   sidebar.makeRoom();
+}
+
+function useModel(id) {
+  modelId = id;
+  maxLength = 0;
+  connection.model = id;
+  paintSoon();
+}
+
+async function changeLanguage(name) {
+  await setLanguage(config.languages, name);
+  clear(chat.conversation.id);
+  paintedError = null;
+  byId('alerts').replaceChildren();
+  settings.repaint();
+  settings.showModels(swarm.models);
+  theme.label();
+  paint();
 }
 
 /** Show what an import changed. */
@@ -96,13 +132,23 @@ function paint() {
   byId('temporary-note').hidden = !conversation.isTemporary;
   byId('export-markdown').disabled = conversation.messages.length === 0;
   composer.isGenerating = chat.isGenerating;
-  const use = contextUse(conversation, maxLength);
+  const model = swarm.get(modelId);
+  byId('model-name').textContent = model ? modelText(model.id) : t('page.no_model');
+  byId('model-button').title = model ? `${model.id}: ${stateText(model)}` : '';
+  byId('model-dot').dataset.status = model?.status ?? 'failed';
+  swarm.paintNote(model, config.initial_peers, answerOf(conversation)?.outcome?.timings?.tokens_per_s);
+  const use = contextUse(conversation, maxLength || lengthOf(model));
   byId('context').hidden = use === null;
   if (use) {
     byId('context-meter').value = use.used / use.max;
     byId('context-text').textContent = contextText(use);
   }
   follower.follow();
+}
+
+/** Return the longest chat that a model is known to take before the session is open. */
+function lengthOf(model) {
+  return model?.context_length ? Math.min(model.context_length, config.session_max_length) : 0;
 }
 
 function clear(id) {
@@ -161,9 +207,12 @@ addEventListener('keydown', (event) => {
     newChat();
   }
 });
-setUpTheme(byId('theme'));
-byId('model-name').textContent = model ? modelText(model.id) : t('page.no_model');
-byId('model-name').title = model?.id ?? '';
+const theme = setUpTheme(byId('theme'));
+swarm.addEventListener('change', () => {
+  settings.showModels(swarm.models);
+  paintSoon();
+});
+setTimeout(() => swarm.look(), 1000); // what the page came with is as good as new
 const composer = new Composer({ onSend: (text) => chat.send(text), onStop: () => chat.stop(), onType: () => connection.connect() });
 openFromAddress();
 sidebar.paint();

@@ -4,7 +4,7 @@ import { AnswerView } from './answer.js';
 import { h } from './dom.js';
 import { t } from './i18n.js';
 import { copyButton, editForm, MessageActions } from './message-actions.js';
-import { hopRows, noticeText, noticeTimeText, outcomeText, recoveredText, timesRows } from './texts.js';
+import { blocksText, hopRows, noticeText, noticeTimeText, outcomeText, recoveredText, stageText, timesRows } from './texts.js';
 
 /** One message on the page; `update` brings it to a new state. */
 export class MessageView {
@@ -15,6 +15,8 @@ export class MessageView {
   #noticeTime = h('span', { class: 'notice-time' });
   #notice = h('div', { class: 'route-notice', hidden: true }, h('span', { class: 'pulse', 'aria-hidden': 'true' }), this.#noticeText, this.#noticeTime);
   #times = h('div');
+  #route = h('div');
+  #stage = h('div', { class: 'stage', hidden: true });
   #message = null;
   #answer = null;
 
@@ -25,7 +27,8 @@ export class MessageView {
     this.element = h('article', { class: `message ${role}`, 'aria-label': t(`role.${role}`) }, this.#body, this.#actions.element);
     if (role === 'user') return;
     this.#actions.element.before(this.#notice);
-    this.element.append(this.#times);
+    this.#actions.element.before(this.#stage);
+    this.element.append(this.#route, this.#times);
   }
 
   /** Turn the message into a form, until it is sent or left. */
@@ -56,6 +59,8 @@ export class MessageView {
     if (message === this.#message) return;
     const isNewText = message.content !== this.#message?.content || message.state !== this.#message?.state;
     const isNewReport = message.outcome?.times !== this.#message?.outcome?.times;
+    const isNewRoute = message.route !== this.#message?.route || message.state !== this.#message?.state;
+    const isNewStage = message.stage !== this.#message?.stage;
     this.#message = message;
     this.element.dataset.state = message.state;
     this.element.setAttribute('aria-busy', String(message.state === 'waiting' || message.state === 'streaming'));
@@ -63,6 +68,8 @@ export class MessageView {
     if (message.role !== 'assistant') return;
     this.#actions.stats.textContent = statsText(message);
     this.#renderNotice(message.notice);
+    if (isNewStage) this.#renderStage(message.stage);
+    if (isNewRoute) this.#route.replaceChildren(...routeReport(message));
     if (isNewReport) this.#times.replaceChildren(...timesReport(message.outcome?.times));
   }
 
@@ -73,6 +80,13 @@ export class MessageView {
     this.#notice.dataset.kind = notice.kind;
     if (this.#noticeText.textContent !== noticeText(notice)) this.#noticeText.textContent = noticeText(notice);
     this.#noticeTime.textContent = noticeTimeText(notice);
+  }
+
+  #renderStage(stage) {
+    this.#stage.hidden = !stage;
+    if (!stage) return;
+    const bar = stage.kind === 'prefill' ? h('progress', { max: stage.total, value: stage.done, 'aria-hidden': 'true' }) : null;
+    this.#stage.replaceChildren(stageText(stage), ...(bar ? [bar] : []));
   }
 
   #renderText({ role, content, state }) {
@@ -106,6 +120,14 @@ function statsText(message) {
   const { state, outcome } = message;
   const ending = outcome ? outcomeText(outcome) : state === 'failed' ? t('answer.broken_off') : '';
   return [ending, recoveredText(message)].filter(Boolean).join(' · ');
+}
+
+/** Return the elements that tell which nodes made an answer that is over. */
+function routeReport({ route, state }) {
+  if (!route?.length || state === 'waiting' || state === 'streaming') return [];
+  const parts = route.map(({ blocks, peer }) => h('li', {}, t('route.part', { blocks: blocksText([blocks]), peer })));
+  const count = new Set(route.map(({ peer }) => peer)).size;
+  return [h('details', { class: 'times' }, h('summary', {}, t('route.served', { count })), h('ul', { class: 'route' }, ...parts))];
 }
 
 /** Return the elements that tell where the time of an answer went; none without a report of at least a token. */

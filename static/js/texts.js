@@ -11,8 +11,9 @@ const ERRORS = new Set([
 ]);
 
 /** Return what to show for an error {code, message, retryable, request_id?}; `blocks` are those that it waited for. */
-export function errorText({ code, message, request_id: requestId, blocks = [] }) {
+export function errorText({ code, message, request_id: requestId, retry_after: retryAfter, blocks = [] }) {
   if (code === 'missing_blocks' && blocks.length) return t('error.missing_these_blocks', { blocks: blocksText(blocks) });
+  if (code === 'limit_exceeded' && retryAfter) return t('error.limit_until', { time: shortTime(retryAfter) });
   if (!ERRORS.has(code)) return message ? t('error.other', { message }) : t('error.internal_error');
   return code === 'internal_error' && requestId ? t('error.internal_error_id', { id: requestId }) : t(`error.${code}`);
 }
@@ -109,4 +110,24 @@ export function contextText({ used, max }) {
 /** Return the part of a model's name that tells models apart: what follows the organisation. */
 export function modelText(name) {
   return name.split('/').at(-1) ?? name;
+}
+
+/** Return what state a model's swarm is in, as the list of models says. */
+export function stateText({ status, missing = [] }) {
+  if (status !== 'incomplete') return t(`model.${['ready', 'loading'].includes(status) ? status : 'failed'}`);
+  const spans = missing.map((text) => text.match(/\d+/g)?.map(Number)).filter(Boolean);
+  return t('model.incomplete', { blocks: blocksText(spans.map(([first, last = first]) => `${first}:${last + 1}`)) });
+}
+
+/** Return what happens before the first token: a place in the queue, or how much of the prompt was read. */
+export function stageText(stage) {
+  if (!stage) return '';
+  if (stage.kind === 'queued') return t('stage.queued', { count: stage.position });
+  return t('stage.prefill', { done: wholeText(stage.done), total: wholeText(stage.total) });
+}
+
+/** Return the command with which a machine joins the swarm of a model. */
+export function joinCommand(model, peers) {
+  const quoted = /^[\w@%+=:,./-]+$/.test(model) ? model : `'${model.replaceAll("'", "'\\''")}'`;
+  return ['umbel-node run', quoted, ...(peers.length ? ['--initial-peers', ...peers] : [])].join(' ');
 }

@@ -20,7 +20,7 @@ function store(theme) {
   }
 }
 
-/** Make `button` change the colours, and apply an earlier choice. */
+/** Make `button` change the colours, and apply an earlier choice; return what names the button anew. */
 export function setUpTheme(button) {
   const system = matchMedia('(prefers-color-scheme: dark)');
   const current = () => document.documentElement.dataset.theme ?? (system.matches ? 'dark' : 'light');
@@ -35,4 +35,5 @@ export function setUpTheme(button) {
     store(next);
     label();
   });
+  return { label };
 }
