@@ -19,6 +19,7 @@ export function emptyConversation() {
   return { messages: [], chosen: {}, nextKey: 1, generationId: null, answerKey: 0, expectedSeq: 0 };
 }
 
+const LONG_PREFILL = 200; // tokens; what is read sooner need not be told
 const RECOVERED_PIECES = 20; // for so many pieces a page says that the answer goes on
 
 export function isGenerating(conversation) {
@@ -97,6 +98,7 @@ function apply(conversation, event, answer) {
     case 'queued':
       return withAnswer(conversation, { stage: event.position ? { kind: 'queued', position: event.position } : null });
     case 'progress':
+      if (event.prefill_total < LONG_PREFILL) return conversation;
       return withAnswer(conversation, { stage: { kind: 'prefill', done: event.prefill_done, total: event.prefill_total } });
     case 'delta':
       return withAnswer(conversation, {

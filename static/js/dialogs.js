@@ -2,6 +2,7 @@
 
 import { h } from './dom.js';
 import { t } from './i18n.js';
+import { keyNames, SHORTCUTS } from './shortcuts.js';
 
 /** Show `content` in a dialog until it is closed; return what it was closed with, '' for Esc. */
 function ask(title, content, buttons) {
@@ -35,4 +36,15 @@ export async function promptDialog({ title, label, value, action }) {
   const answered = ask(title, field, [yes, cancelButton()]);
   field.select();
   return (await answered) === 'yes' ? field.value.trim() : null;
+}
+
+/** Show the list of shortcuts. */
+export function showShortcuts() {
+  if (document.querySelector('dialog[open]')) return;
+  const isMac = /mac|iphone|ipad/i.test(navigator.platform);
+  const rows = SHORTCUTS.flatMap((shortcut) => [
+    h('dt', {}, t(`shortcut.${shortcut.name}`)),
+    h('dd', { dir: 'ltr' }, ...keyNames(shortcut, isMac).map((key) => h('kbd', {}, key))),
+  ]);
+  ask(t('shortcut.title'), h('dl', { class: 'shortcuts' }, ...rows), [h('button', { type: 'submit', value: '', class: 'text-button' }, t('dialog.close'))]);
 }

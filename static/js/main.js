@@ -5,13 +5,16 @@ import { Composer } from './composer.js';
 import { Connection } from './connection.js';
 import { contextUse } from './conversation.js';
 import { byId, h } from './dom.js';
+import { showShortcuts } from './dialogs.js';
 import { setUpFiles } from './files.js';
 import { t } from './i18n.js';
 import { setLanguage } from './language.js';
 import { Library } from './library.js';
+import { copyText } from './message-actions.js';
 import { MessageView } from './render.js';
 import { Follower } from './scroll.js';
 import { Settings } from './settings.js';
+import { shortcutOf } from './shortcuts.js';
 import { Sidebar } from './sidebar.js';
 import { Swarm } from './swarm.js';
 import { contextText, errorText, modelText, stateText } from './texts.js';
@@ -195,17 +198,48 @@ function paintAlert() {
   byId('alerts').replaceChildren(h('div', { class: 'alert', role: 'alert' }, h('p', {}, errorText(error)), button));
 }
 
+byId('shortcuts-open').addEventListener('click', () => {
+  byId('settings').close();
+  showShortcuts();
+});
 byId('new-chat').addEventListener('click', () => newChat());
 byId('temporary').addEventListener('click', () => newChat({ isTemporary: !chat.conversation.isTemporary }));
 addEventListener('hashchange', openFromAddress);
 addEventListener('popstate', openFromAddress);
+const actions = {
+  new: () => newChat(),
+  search: () => sidebar.find(),
+  sidebar: () => sidebar.toggle(),
+  stop: () => chat.stop(),
+  compose: () => composer.focus(),
+  copy: () => copyLast(path(chat.conversation).findLast(({ role }) => role === 'assistant')?.content),
+  copy_code: () => copyLast([...document.querySelectorAll('.assistant pre code')].at(-1)?.textContent),
+  edit: () => editLast(),
+  list: showShortcuts,
+};
+
 addEventListener('keydown', (event) => {
-  if (event.key === 'Escape' && chat.isGenerating && !event.isComposing) chat.stop();
-  else if (event.key === 'Escape' && event.shiftKey) composer.focus();
-  else if (event.key.toLowerCase() === 'o' && event.shiftKey && (event.ctrlKey || event.metaKey)) {
-    event.preventDefault();
-    newChat();
-  }
+  const name = shortcutOf(event);
+  if (!name || document.querySelector('dialog[open]')) return;
+  if (name === 'edit' && (event.target !== byId('prompt') || !composer.isEmpty)) return;
+  if (name === 'stop' && !chat.isGenerating) return;
+  event.preventDefault();
+  actions[name]();
+});
+
+async function copyLast(text) {
+  if (text) messageHandlers.onCopied(await copyText(text));
+}
+
+function editLast() {
+  const last = path(chat.conversation).findLast(({ role }) => role === 'user');
+  if (last && !chat.isGenerating) views.get(last.key)?.edit((text) => chat.edit(last.key, text));
+}
+
+// Where a keyboard on the screen covers the page instead of making it smaller.
+visualViewport?.addEventListener('resize', () => {
+  const isZoomed = visualViewport.scale > 1.01;
+  document.documentElement.style.setProperty('--viewport', isZoomed ? '100dvh' : `${Math.round(visualViewport.height)}px`);
 });
 const theme = setUpTheme(byId('theme'));
 swarm.addEventListener('change', () => {

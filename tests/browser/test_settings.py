@@ -1,11 +1,11 @@
 """The settings panel and what the page tells of the swarm."""
 
 import json
-from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.app.site_process import SiteProcess
 from tests.browser.test_chat_page import answer, ask, wait_for_end
 
 pytestmark = pytest.mark.browser
@@ -62,3 +62,32 @@ def test_an_answer_tells_which_nodes_served_it(page: Page) -> None:
     wait_for_end(page)
     answer(page).get_by_text("Served by 2 nodes").click()
     expect(answer(page)).to_contain_text("blocks 12–15 · …third3")
+
+
+def test_the_keyboard_reaches_everything(page: Page, site: SiteProcess) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=site.url)
+    page.keyboard.press("Control+/")
+    expect(page.get_by_role("dialog")).to_contain_text("Copy the last block of code")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    ask(page, "hi")
+    wait_for_end(page)
+    page.keyboard.press("Control+Shift+;")
+    expect(page.get_by_role("status")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()").startswith("def umbel")
+    page.keyboard.press("Control+Shift+C")
+    page.wait_for_function("navigator.clipboard.readText().then((text) => text.startsWith('An umbel'))")
+    page.keyboard.press("ArrowUp")
+    expect(page.get_by_role("textbox", name="Edit question")).to_be_focused()
+    page.keyboard.press("Escape")
+    page.keyboard.press("Shift+Escape")
+    expect(page.get_by_label("Message")).to_be_focused()
+    page.keyboard.press("Control+k")
+    expect(page.get_by_role("searchbox", name="Search chats")).to_be_focused()
+    page.keyboard.press("ArrowDown")
+    expect(page.get_by_role("link", name="hi")).to_be_focused()
+    page.keyboard.press("Control+Shift+S")
+    expect(page.get_by_role("complementary", name="Chats")).to_be_hidden()
+    page.keyboard.press("Control+Shift+O")
+    expect(page.get_by_role("article")).to_have_count(0)
+    expect(page.get_by_label("Message")).to_be_focused()

@@ -126,3 +126,20 @@ test('text goes to the answer that it belongs to, whatever is shown', () => {
   assert.deepEqual(said(grown), ['hi', 'a']);
   assert.deepEqual(said(switchVersion(grown, 2, 1)), ['hi', 'b']);
 });
+
+test('a place in the queue and a long prefill are told until text comes', () => {
+  const stage = (...events) => last(after(...events)).stage;
+  const progress = (done, total) => ({ type: 'progress', id: 'g', prefill_done: done, prefill_total: total });
+  assert.deepEqual(stage({ type: 'started', id: 'g', seq: 0, queue_position: 2 }), { kind: 'queued', position: 2 });
+  assert.deepEqual(stage({ type: 'queued', id: 'g', seq: 1, position: 1 }), { kind: 'queued', position: 1 });
+  assert.equal(stage({ type: 'queued', id: 'g', seq: 1, position: 1 }, { type: 'queued', id: 'g', seq: 2, position: 0 }), null);
+  assert.deepEqual(stage(progress(512, 2048)), { kind: 'prefill', done: 512, total: 2048 });
+  assert.equal(stage(progress(0, 24)), null);
+  assert.equal(stage(progress(512, 2048), delta(3, 'a')), null);
+});
+
+test('frames of any kind are numbered, and repeated ones change nothing', () => {
+  const conversation = after({ type: 'started', id: 'g', seq: 0, queue_position: 0 }, delta(1, 'a'), { ...recovered, seq: 2 });
+  assert.equal(conversation.expectedSeq, 3);
+  assert.equal(receive(conversation, { ...recovered, seq: 2 }), conversation);
+});

@@ -25,7 +25,7 @@ test('a swarm that lacks blocks is told with their numbers', () => {
 });
 
 test('what comes before the first token is told', () => {
-  assert.equal(stageText({ kind: 'queued', position: 1 }), '1 answer is in front of yours.');
+  assert.equal(stageText({ kind: 'queued', position: 1 }), 'Number 1 in the queue');
   assert.equal(stageText({ kind: 'prefill', done: 512, total: 2048 }), 'Reading the chat: 512 of 2,048 tokens');
   assert.equal(stageText(null), '');
 });
