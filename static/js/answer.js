@@ -38,7 +38,9 @@ export class AnswerView {
   /** Show `text`; `isFinal` when nothing more comes. */
   update(text, isFinal) {
     const blocks = this.#reader.read(text, isFinal);
-    this.element.dir = directionOf(text);
+    const direction = directionOf(text);
+    // Setting it, even to what it is, makes the browser work out the style of the whole answer again.
+    if (this.element.dir !== direction) this.element.dir = direction;
     this.numTouched = this.numPartsTouched = 0;
     blocks.forEach((block, index) => this.#show(index, block, isFinal));
     for (const { element } of this.#shown.splice(blocks.length)) element.remove();

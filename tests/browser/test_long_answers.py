@@ -19,11 +19,13 @@ STREAM = """async ([text, step]) => {
   let added = 0;
   const count = (node) => 1 + [...node.childNodes].reduce((sum, child) => sum + count(child), 0);
   const watch = new MutationObserver(() => {});
-  watch.observe(element, { childList: true, subtree: true });
-  const found = { pieces: 0, blocks: 0, parts: 0, added: 0 };
+  watch.observe(element, { childList: true, attributes: true, subtree: true });
+  const found = { pieces: 0, blocks: 0, parts: 0, added: 0, attributes: 0 };
   for (let length = step; length < text.length; length += step) {
     view.update(text.slice(0, length), false);
-    const nodes = watch.takeRecords().flatMap((record) => [...record.addedNodes]);
+    const records = watch.takeRecords();
+    const nodes = records.flatMap((record) => [...record.addedNodes]);
+    found.attributes += records.filter(({ type, target }) => type === 'attributes' && target === element).length;
     found.pieces += 1;
     found.blocks = Math.max(found.blocks, view.numTouched);
     found.parts = Math.max(found.parts, view.numPartsTouched);
@@ -41,4 +43,5 @@ def test_a_piece_of_an_answer_makes_only_its_end_anew(page: Page, kind: str) -> 
     assert found["pieces"] > 200
     assert found["blocks"] <= 3
     assert found["parts"] <= 12
+    assert found["attributes"] <= 2  # each would make the style of the whole answer be worked out again
     assert found["added"] < 40 * found["pieces"], found
