@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from app.chat_answer import Answer
 from app.chat_protocol import Offer
-from app.errors import BusyError
+from app.errors import BusyError, NoCapacityError
 from app.native_generation import offered_defaults, offered_limits
 from app.request_models import Generate
 from app.site import Site
@@ -79,13 +79,18 @@ class Conversation:
     def generate(self, command: Generate, reader: object, wake: Callable[[], None]) -> Answer:
         """Begin an answer in a thread of its own, for `reader`; `wake` is called when there is something to read.
 
-        Raises BusyError while another one runs.
+        Raises BusyError while another one runs, NoCapacityError when there is no thread to be had.
         """
         if self.running is not None:
             raise BusyError
-        self.answer = answer = Answer(self._site, self, command)
+        answer = Answer(self._site, self, command)
         answer.attach(reader, wake, 0)
-        answer.start()
+        before, self.answer = self.answer, answer
+        try:
+            answer.start()
+        except RuntimeError:  # no thread to be had
+            self.answer = before
+            raise NoCapacityError("threads", threading.active_count()) from None
         return answer
 
     def rewind(self, num_messages: int) -> int:

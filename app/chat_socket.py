@@ -115,8 +115,8 @@ class ChatSocket:
         if not self._may_begin():
             return False
         conversation = open_conversation(self._site, command, self._address)
-        self._begin(conversation)
-        self._link.send(opened_frame(conversation.offer, conversation.token))
+        self._native = self._native_socket(conversation, opened_frame(conversation.offer, conversation.token))
+        conversation.take(self._native, self._link.wake)
         return True
 
     def _resume(self, command: Resume) -> bool:
@@ -128,19 +128,18 @@ class ChatSocket:
             self._link.send(not_resumed_frame(found))
             return True
         answer = found.answer
-        if answer is None or answer.id != command.id or not answer.has(command.from_seq):
+        native = self._native_socket(found, resumed_frame(found.offer, command.id, command.from_seq))
+        if answer is None or answer.id != command.id or not answer.attach(native, self._link.wake, command.from_seq):
             self._link.send(not_resumed_frame("lost"))
             return True
         if not self._site.kept.attach(command.token, self._address):
+            answer.detach(native)
             self._link.send(not_resumed_frame("expired"))
             return True
-        native = self._begin(found)
-        self._link.send(resumed_frame(found.offer, command.id, command.from_seq))
-        answer.attach(native, self._link.wake, command.from_seq)
+        self._native = native
+        found.take(native, self._link.wake)
         logger.info("resumed from_seq=%d session=%s", command.from_seq, found.session_id)
         return True
 
-    def _begin(self, conversation: Conversation) -> NativeSocket:
-        self._native = native = NativeSocket(self._site, self._link, self._address, conversation)
-        conversation.take(native, self._link.wake)
-        return native
+    def _native_socket(self, conversation: Conversation, greeting: str) -> NativeSocket:
+        return NativeSocket(self._site, self._link, self._address, conversation, greeting)

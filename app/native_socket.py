@@ -49,10 +49,14 @@ def open_conversation(site: Site, command: Open, address: str) -> Conversation:
 
 
 class NativeSocket:
-    """Serves one websocket that was opened in protocol 3; used by one thread."""
+    """Serves one websocket that was opened in protocol 3; used by one thread.
 
-    def __init__(self, site: Site, link: SocketLink, address: str, conversation: Conversation) -> None:
-        self._site, self._link, self._address = site, link, address
+    Whoever gives it the conversation lets it `run`: nobody else frees what the conversation holds.
+    """
+
+    def __init__(self, site: Site, link: SocketLink, address: str, conversation: Conversation, greeting: str) -> None:
+        """`greeting` is the first frame to be sent."""
+        self._site, self._link, self._address, self._greeting = site, link, address, greeting
         self._limits = site.config.sockets
         self._talk = conversation
         link.limit_rate()
@@ -62,6 +66,7 @@ class NativeSocket:
         """Answer frames until the socket is closed by either side. Raises nothing."""
         is_for_good = False
         try:
+            self._send(self._greeting)
             while self._is_to_go_on():
                 frame = self._link.receive(0)
                 if frame is None:
@@ -122,7 +127,9 @@ class NativeSocket:
         try:
             values = decode_object(frame)
             return self._carry_out(parse_command(values, 3))
-        except SwarmError as error:
+        except SocketGoneError:
+            raise
+        except Exception as error:  # the outermost place of a frame: whatever went wrong, the client is told
             self._tell(error, request_id_of(values))
         return True
 
@@ -137,9 +144,7 @@ class NativeSocket:
             case Ping():
                 self._send(pong_frame(command))
             case Cancel():
-                answer = self._talk.running
-                if answer is not None and command.id in (None, answer.id):
-                    answer.cancel()
+                self._cancel(command)
             case Bye():
                 self._link.close(CloseCode.NORMAL, "")
                 return False
@@ -166,6 +171,11 @@ class NativeSocket:
         self._last_sent_s = time.monotonic()
         self._talk.generate(command, self, self._link.wake)
 
+    def _cancel(self, command: Cancel) -> None:
+        answer = self._talk.running
+        if answer is not None and command.id in (None, answer.id):
+            answer.cancel()
+
     # after the client left
 
     def _leave(self, *, is_for_good: bool) -> None:
@@ -174,7 +184,7 @@ class NativeSocket:
             answer.detach(self)
         if not talk.is_owned_by(self):
             return
-        if is_for_good:
+        if self._hear_last_words() or is_for_good:
             self._forget()
         is_kept = talk.token is not None and answer is not None and self._site.kept.detach(talk.token)
         if is_kept:
@@ -189,6 +199,19 @@ class NativeSocket:
             else:
                 self._forget()
         talk.leave(self)
+
+    def _hear_last_words(self) -> bool:
+        """Obey a cancel that came just before the client left; return whether it said that it will not come back."""
+        is_for_good = False
+        for frame in self._link.unread:
+            try:
+                command = parse_command(decode_object(frame), 3)
+            except SwarmError:
+                continue
+            if isinstance(command, Cancel):
+                self._cancel(command)
+            is_for_good = is_for_good or isinstance(command, Bye)
+        return is_for_good
 
     def _stay_with_answer(self) -> None:
         """Let the answer go on until it is over, taken, or the time for that has passed."""

@@ -62,9 +62,20 @@ class SocketLink:
             frame: str | bytes | None = self._ws.receive(timeout=timeout_s)
         except ConnectionClosed:
             raise SocketGoneError from None
-        if self.is_gone:  # a peer that left wants no answers to what it had sent ahead
-            raise SocketGoneError
+        self._put_back_if_gone(frame)
         return frame
+
+    def _put_back_if_gone(self, frame: str | bytes | None) -> None:
+        """A peer that left wants no answers to what it had sent ahead: raises SocketGoneError."""
+        if self.is_gone:
+            if frame is not None:
+                self._ws.input_buffer.insert(0, frame)
+            raise SocketGoneError
+
+    @property
+    def unread(self) -> tuple[str | bytes, ...]:
+        """What came just before the peer left, and was not received."""
+        return tuple(self._ws.input_buffer)
 
     def send(self, frame: str) -> None:
         """Send a text frame. Raises SocketGoneError, also when the peer takes nothing for too long."""

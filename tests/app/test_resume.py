@@ -142,6 +142,38 @@ def test_the_text_of_an_answer_that_ended_alone_is_still_there(site):
         assert text_of(frames_until(client, ("done",))) == ANSWER
 
 
+def test_an_answer_read_through_a_socket_for_each_frame_is_whole(site):
+    client = Client(site)
+    token = client.open(resume=True)["resume_token"]
+    client.generate("hi")
+    frames: list[dict[str, Any]] = []
+    while not frames or frames[-1]["type"] != "done":
+        frames += frames_until(client, ("done",), num=1)
+        drop(client)
+        client, resumed = resume(site, token, len(frames))
+        assert resumed["resumed"], resumed
+    client.send(type="bye")
+    assert client.close_code() == 1000
+    assert [frame["seq"] for frame in frames] == list(range(len(frames)))
+    assert text_of(frames) == ANSWER
+
+
+def test_a_client_that_resumes_and_is_gone_again_leaves_the_answer_to_the_next_one_or_to_nobody(site):
+    client = Client(site)
+    token = client.open(resume=True)["resume_token"]
+    client.generate("stuck")
+    frames_until(client, ("delta",))
+    drop(client)
+    for _ in range(30):
+        client = Client(site)
+        client.send(type="resume", token=token, id="a", from_seq=0)
+        drop(client)
+    client, resumed = resume(site, token, 0)
+    assert resumed["resumed"]
+    drop(client)
+    site.wait_for(lambda counts: (counts["open_sessions"], counts["websockets"]) == (0, 0), timeout_s=LONG_S)
+
+
 def test_nobody_who_comes_ends_the_answer_after_the_grace(site):
     client = Client(site)
     token = client.open(resume=True)["resume_token"]
@@ -251,3 +283,17 @@ def test_a_site_that_ends_keeps_no_answer_without_a_socket():
         client, resumed = resume(site, token, 0)
         with client:
             assert resumed == {"type": "resumed", "resumed": False, "reason": "unknown"}
+
+
+def test_last_words_before_a_close_are_heard():
+    patient = {**SETTINGS, "sockets": {**SETTINGS["sockets"], "resume_grace_s": 600.0}}
+    with running_site("--delay", "0.01", settings=patient) as site:
+        for number in range(10):  # the close may be read together with the word, or behind it
+            client = Client(site)
+            client.open(resume=True)
+            client.generate("stuck")
+            frames_until(client, ("delta",))
+            client.send(type=("bye", "cancel")[number % 2])
+            client.ws.close(1000)
+            counts = site.wait_for(lambda counts: counts["open_sessions"] == 0, timeout_s=LONG_S)
+            assert counts["cancels"] == number + 1
