@@ -38,6 +38,7 @@ def make_app(config: SiteConfig, model: FakeModel) -> Flask:
             pid=os.getpid(),
             descriptors=len(os.listdir("/proc/self/fd")),
             threads=sum("ThreadPoolExecutor" not in thread.name for thread in threading.enumerate()),
+            waiting=site.queue.num_waiting,
             answers=sum(thread.name.startswith("answer-") for thread in threading.enumerate()),
             reading_threads=sum("simple_websocket" in thread.name for thread in threading.enumerate()),
         )

@@ -3,8 +3,10 @@
 import socket
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.app.fake_swarm import ANSWER, EOS, PIECES
@@ -213,6 +215,39 @@ def test_heartbeats_come_while_a_step_hangs_and_in_the_queue(site):
         assert [frame["position"] for frame in frames if frame["type"] == "queued"][-1] == 0
         assert text_of(frames) == "An"
     for client in clients:
+        client.close()
+
+
+def test_all_apis_stand_in_one_line_and_those_who_leave_it_are_not_waited_for(site):
+    stuck = [Client(site) for _ in range(2)]
+    for client in stuck:
+        client.open()
+        client.generate("stuck")
+        frames_until(client, ("delta",))
+    legacy = Client(site)
+    legacy.open_legacy(max_length=100)
+    legacy.send(type="generate", inputs="hi", max_new_tokens=2)
+    site.wait_for(lambda counts: counts["waiting"] == 1)
+    bodies = {
+        "/api/v1/generate": {"inputs": "hi", "max_new_tokens": 2},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    }
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(httpx.post, site.url + path, json=body, timeout=LONG_S) for path, body in bodies.items()]
+        site.wait_for(lambda counts: counts["waiting"] == 3, timeout_s=LONG_S)
+        gone = Client(site)
+        gone.open_legacy(max_length=100)
+        gone.send(type="generate", inputs="hi", max_new_tokens=2)
+        site.wait_for(lambda counts: counts["waiting"] == 4, timeout_s=LONG_S)
+        drop(gone)
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(f"{site.url}/api/v1/generate", json=bodies["/api/v1/generate"], timeout=0.3)
+        site.wait_for(lambda counts: counts["waiting"] == 3, timeout_s=LONG_S)
+        stuck[0].send(type="cancel")
+        assert "".join(reply["outputs"] for reply in legacy.legacy_replies()) == "An umbel"
+        answers = [answer.result(LONG_S).json() for answer in asked]
+    assert answers[0]["outputs"] == answers[1]["choices"][0]["message"]["content"] == "An umbel"
+    for client in (*stuck, legacy):
         client.close()
 
 
