@@ -1,12 +1,15 @@
 /** The conversation on the page: what the person does and what the site says changes it, and every change is kept. */
 
-import { ask, askAgain, edit, fail, isGenerating, lastShown, receive, toSend } from './conversation.js';
+import {
+  ask, askAgain, canContinue, continueAnswer, edit, fail, interrupt, isGenerating, lastShown, receive, toSend,
+} from './conversation.js';
 import { byteLength, cancelFrame, generateFrame } from './frames.js';
 import { t } from './i18n.js';
 import { noticeText, stageText } from './texts.js';
 import { find, path, switchVersion, version } from './tree.js';
 
 const CONFIRM_MS = 3000; // the site confirms a stop within a step; a person need not wait for a step that hangs
+const TAKEN_OVER = 4409; // the close code of a socket whose session another one took
 
 function newId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, '0')).join('');
@@ -34,6 +37,8 @@ export class Chat extends EventTarget {
     this.#params = params;
     this.conversation = library.create();
     connection.addEventListener('event', ({ detail }) => this.#onEvent(detail));
+    connection.awaited = () => (this.isGenerating ? { id: this.conversation.generationId, fromSeq: this.conversation.expectedSeq } : null);
+    connection.addEventListener('reconnecting', () => this.#change(interrupt(this.conversation, true)));
     connection.addEventListener('lost', ({ detail }) => this.#onLost(detail));
   }
 
@@ -54,6 +59,12 @@ export class Chat extends EventTarget {
     if (lastShown(this.conversation)) this.#start(askAgain(this.conversation, newId(), key));
   }
 
+  /** Ask for more of the last answer. */
+  continue() {
+    const last = lastShown(this.conversation);
+    if (last && canContinue(last)) this.#start(continueAnswer(this.conversation, newId()), true);
+  }
+
   /** Show the version of a message that is `step` before or behind it. */
   switchVersion(key, step) {
     this.error = null;
@@ -72,15 +83,19 @@ export class Chat extends EventTarget {
     else end();
   }
 
-  /** Show another conversation; an answer that is being written in this one is stopped. */
-  open(conversation) {
+  /**
+   * Show another conversation; an answer that is being written in this one is stopped. With `canResume`, one that was being
+   * written in the other when the page was left is taken up again.
+   */
+  open(conversation, { canResume = false } = {}) {
     if (this.isGenerating) {
       const id = this.conversation.generationId;
       this.#connection.sendNow(cancelFrame(id));
       this.#change(receive(this.conversation, { type: 'done', id, finish_reason: 'cancelled' }));
     }
     this.error = null;
-    this.conversation = isGenerating(conversation) ? fail(conversation) : conversation;
+    this.conversation = conversation;
+    if (this.isGenerating && !(canResume && this.#connection.resume())) this.conversation = fail(conversation);
     if (lastShown(this.conversation)?.state === 'failed') this.error = { code: 'interrupted', retryable: true };
     this.#tell();
   }
@@ -92,24 +107,35 @@ export class Chat extends EventTarget {
     this.#tell();
   }
 
-  #start(next) {
+  #start(next, isContinued = false) {
     this.error = null;
     this.#say(t('status.generating'));
     this.#change({ ...next, updatedMs: Date.now() });
-    const frame = generateFrame(next.generationId, toSend(next), this.#params());
+    const frame = generateFrame(next.generationId, toSend(next), this.#params(), isContinued);
     if (byteLength(frame) > this.#maxFrameBytes) return this.#failWith({ code: 'frame_too_large', retryable: false });
     this.#connection.send(frame);
     this.dispatchEvent(new Event('start'));
   }
 
   #onEvent(event) {
+    if (event.type === 'resumed') return event.resumed ? this.#change(interrupt(this.conversation, false)) : this.#goOn();
     const isMine = event.id == null || event.id === this.conversation.generationId;
     if (event.type === 'error' && this.isGenerating && isMine) this.#failWith(event);
     else this.#change(receive(this.conversation, event));
   }
 
-  #onLost({ wasWaiting }) {
-    if (this.isGenerating) this.#failWith({ code: wasWaiting ? 'unreachable' : 'disconnected', retryable: true });
+  /** The site has nothing more of the answer that was awaited: say so, and ask for the rest of it, or for it again. */
+  #goOn() {
+    if (!this.isGenerating) return;
+    this.#change(fail(this.conversation));
+    if (canContinue(answerOf(this.conversation))) this.continue();
+    else this.again(this.conversation.answerKey);
+    this.#say(t('status.not_resumed'));
+  }
+
+  #onLost({ code, wasWaiting }) {
+    if (!this.isGenerating) return;
+    this.#failWith({ code: code === TAKEN_OVER ? 'taken_over' : wasWaiting ? 'unreachable' : 'disconnected', retryable: true });
   }
 
   #failWith(problem) {

@@ -1,10 +1,39 @@
-/** The websocket: opened when it is needed, opened again after a loss, and silent about both while nobody waits. */
+/**
+ * The websocket: opened when it is needed, opened again after a loss, and silent about both while nobody waits.
+ *
+ * A session is opened with a token. When the socket is lost in the middle of an answer, or nothing came for so long that it
+ * must be, the next one resumes that session from the first frame that did not come; if the site cannot, a new session is
+ * opened on it. The token stays with the tab, so that a reload can do the same.
+ */
 
-import { backoffMs, openFrame, parseFrame, pingFrame, reconnectsAfter } from './frames.js';
+import { backoffMs, byeFrame, openFrame, parseFrame, pingFrame, reconnectsAfter, resumeFrame } from './frames.js';
 
 const ATTEMPTS = 3; // for a message that waits; after them the person decides
+const RESUME_ATTEMPTS = 5; // about half a minute, which is how long the site goes on without us
+const SILENT_MS = 20_000; // the site sends a heartbeat every 5 s while it generates
+const KEY = 'umbel-session';
 
-/** Events: `event` with the site's event in `detail`, `lost` when the socket closed or cannot be opened. */
+function keep(session) {
+  try {
+    if (session) sessionStorage.setItem(KEY, JSON.stringify(session));
+    else sessionStorage.removeItem(KEY);
+  } catch {
+    // storage may be forbidden; a reload then begins anew
+  }
+}
+
+function kept() {
+  try {
+    return JSON.parse(sessionStorage.getItem(KEY) ?? 'null');
+  } catch {
+    return null;
+  }
+}
+
+/**
+ * Events: `event` with the site's event in `detail`; `reconnecting` when the socket was lost in the middle of an answer; `lost`
+ * when it closed, or cannot be opened, for good.
+ */
 export class Connection extends EventTarget {
   #url;
   #pingMs;
@@ -15,28 +44,29 @@ export class Connection extends EventTarget {
   #attempt = 0;
   #retryTimer = 0;
   #pingTimer = 0;
+  #token = null;
+  #heardMs = 0;
+
+  /** Tells {id, fromSeq} of the answer that is awaited and the first of its frames that did not come, or null. */
+  awaited = () => null;
 
   constructor(url, pingIntervalS) {
     super();
     this.#url = url;
     this.#pingMs = pingIntervalS * 1000;
-    addEventListener('online', () => this.#waiting && this.connect());
+    const look = () => document.visibilityState === 'visible' && this.#reconcile(true);
+    addEventListener('online', look);
+    addEventListener('visibilitychange', look);
+    setInterval(() => this.#reconcile(false), 2000);
   }
 
   /** The model of the session; another one takes another session, which is opened when it is needed. */
   set model(name) {
     if (name === this.#model) return;
     this.#model = name;
-    const socket = this.#socket;
-    this.#forget();
-    socket?.close(1000);
-  }
-
-  #forget() {
-    clearInterval(this.#pingTimer);
-    clearTimeout(this.#retryTimer);
-    this.#socket = null;
-    this.#isOpened = false;
+    this.#token = null;
+    if (this.#isOpened) this.#socket.send(byeFrame());
+    this.#drop();
   }
 
   /** Open the socket unless it is open or being opened. */
@@ -46,9 +76,22 @@ export class Connection extends EventTarget {
     this.#retryTimer = 0;
     const socket = new WebSocket(this.#url);
     this.#socket = socket;
-    socket.addEventListener('open', () => socket.send(openFrame(this.#model)));
+    this.#heardMs = Date.now();
+    socket.addEventListener('open', () => {
+      const awaited = this.#canResume() ? this.awaited() : null;
+      socket.send(awaited ? resumeFrame(this.#token, awaited) : openFrame(this.#model));
+    });
     socket.addEventListener('message', ({ data }) => this.#onMessage(socket, data));
     socket.addEventListener('close', ({ code }) => this.#onClose(socket, code));
+  }
+
+  /** Take up the session that this tab had before it was loaded anew; return whether there was one. */
+  resume() {
+    const session = kept();
+    if (this.#socket || session?.model !== this.#model || typeof session.token !== 'string') return false;
+    this.#token = session.token;
+    this.connect();
+    return true;
   }
 
   /** Send a frame as soon as the session is open; one at a time may wait. */
@@ -66,15 +109,25 @@ export class Connection extends EventTarget {
     return this.#isOpened;
   }
 
+  #canResume() {
+    return this.#token !== null && this.#waiting === null && this.awaited() !== null;
+  }
+
   #onMessage(socket, data) {
     const event = parseFrame(data);
-    if (socket !== this.#socket || !event || event.type === 'pong') return;
+    if (socket !== this.#socket || !event) return;
+    this.#heardMs = Date.now();
+    if (event.type === 'pong' || event.type === 'heartbeat') return;
     if (event.type === 'opened') {
-      this.#isOpened = true;
-      this.#attempt = 0;
-      this.#pingTimer = setInterval(() => socket.send(pingFrame()), this.#pingMs);
-      if (this.#waiting) socket.send(this.#waiting);
-      this.#waiting = null;
+      this.#token = event.resume_token ?? null;
+      keep(this.#token ? { token: this.#token, model: this.#model } : null);
+      this.#opened(socket);
+    } else if (event.type === 'resumed') {
+      if (event.resumed) this.#opened(socket);
+      else {
+        this.#token = null;
+        socket.send(openFrame(this.#model));
+      }
     } else if (event.type === 'error' && !this.#isOpened) {
       this.#waiting = null;
       socket.close(1000); // the answer to open: there is no session to go on with
@@ -82,22 +135,59 @@ export class Connection extends EventTarget {
     this.dispatchEvent(new CustomEvent('event', { detail: event }));
   }
 
+  #opened(socket) {
+    this.#isOpened = true;
+    this.#attempt = 0;
+    clearInterval(this.#pingTimer);
+    this.#pingTimer = setInterval(() => socket.send(pingFrame()), this.#pingMs);
+    if (this.#waiting) socket.send(this.#waiting);
+    this.#waiting = null;
+  }
+
   #onClose(socket, code) {
     if (socket !== this.#socket) return;
     const wasOpened = this.#isOpened;
-    clearInterval(this.#pingTimer);
-    this.#socket = null;
-    this.#isOpened = false;
-    if (this.#waiting && this.#attempt < ATTEMPTS) return this.#retry();
+    this.#forget();
+    if (this.#canResume() && reconnectsAfter(code) && this.#attempt < RESUME_ATTEMPTS) {
+      this.dispatchEvent(new Event('reconnecting'));
+      return this.#retry(RESUME_ATTEMPTS);
+    }
+    if (this.#waiting && this.#attempt < ATTEMPTS) return this.#retry(ATTEMPTS);
     const wasWaiting = this.#waiting !== null;
     this.#waiting = null;
     this.dispatchEvent(new CustomEvent('lost', { detail: { code, wasOpened, wasWaiting } }));
-    if (wasOpened && reconnectsAfter(code)) this.#retry();
+    if (wasOpened && reconnectsAfter(code)) this.#retry(ATTEMPTS);
   }
 
-  #retry() {
-    if (this.#attempt >= ATTEMPTS) return;
+  #retry(attempts) {
+    if (this.#attempt >= attempts) return;
     this.#retryTimer = setTimeout(() => this.connect(), backoffMs(this.#attempt, Math.random()));
     this.#attempt += 1;
+  }
+
+  /** Look whether what is awaited can still come; `isNow` when the network or the person came back. */
+  #reconcile(isNow) {
+    if (this.#socket === null) {
+      if (isNow && (this.#retryTimer || this.#waiting)) this.connect();
+      return;
+    }
+    if (!this.#canResume() || Date.now() - this.#heardMs < SILENT_MS) return;
+    this.#drop(); // a socket that died without a word
+    this.dispatchEvent(new Event('reconnecting'));
+    this.connect();
+  }
+
+  #drop() {
+    const socket = this.#socket;
+    this.#forget();
+    socket?.close(1000);
+  }
+
+  #forget() {
+    clearInterval(this.#pingTimer);
+    clearTimeout(this.#retryTimer);
+    this.#retryTimer = 0;
+    this.#socket = null;
+    this.#isOpened = false;
   }
 }

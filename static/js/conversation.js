@@ -5,7 +5,7 @@ import { add, find, path, remove, replace } from './tree.js';
 /**
  * @typedef {{finish_reason: string, usage: object, timings: {ttft_s: number|null, tokens_per_s: number|null},
  *            times?: object|null}} Outcome
- * @typedef {{kind: 'waiting', cause: string, blocks: string[], leftS: number|null} | {kind: 'recovered', untilSeq: number}} Notice
+ * @typedef {{kind: 'waiting', cause: string, blocks: string[], leftS: number|null} | {kind: 'recovered', untilSeq: number} | {kind: 'reconnecting'}} Notice
  * @typedef {{kind: 'queued', position: number} | {kind: 'prefill', done: number, total: number}} Stage before the first token
  * @typedef {{key: number, parent: number, role: 'user'|'assistant', content: string,
  *            state: 'final'|'waiting'|'streaming'|'stopped'|'failed', stage: Stage|null, numTokens: number, outcome: Outcome|null,
@@ -65,6 +65,24 @@ export function askAgain(conversation, generationId, key = lastShown(conversatio
 function waitForAnswer(conversation, parent, generationId) {
   const waiting = add(conversation, parent, message('assistant', '', 'waiting'));
   return { ...waiting, generationId, answerKey: waiting.nextKey - 1, expectedSeq: 0 };
+}
+
+/** Whether more of an answer can be asked for: it has text, and was cut off, stopped or broken off. */
+export function canContinue({ role, content, state, outcome }) {
+  const isCut = state === 'stopped' || state === 'failed' || outcome?.finish_reason === 'length';
+  return role === 'assistant' && content !== '' && isCut;
+}
+
+/** Return the conversation with more of its last answer asked for. */
+export function continueAnswer(conversation, generationId) {
+  const { key } = lastShown(conversation);
+  const open = replace(conversation, key, { state: 'streaming', stage: null, notice: null, outcome: null });
+  return { ...open, generationId, answerKey: key, expectedSeq: 0 };
+}
+
+/** Return the conversation with its connection lost (`isLost`) or found again; the answer is still awaited. */
+export function interrupt(conversation, isLost) {
+  return isGenerating(conversation) ? withAnswer(conversation, { notice: isLost ? { kind: 'reconnecting' } : null }) : conversation;
 }
 
 /** Return what to send: the system prompt and every message shown that has content; an answer that was cut off stays part of what was said. */

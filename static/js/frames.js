@@ -1,8 +1,13 @@
 /** Pure: frames of protocol 3, and how long to wait before connecting again. */
 
-export const openFrame = (model) => JSON.stringify(model ? { type: 'open', protocol: 3, model } : { type: 'open', protocol: 3 });
-export const generateFrame = (id, messages, params = {}) => JSON.stringify({ type: 'generate', id, messages, params, times: true });
+export const openFrame = (model) => JSON.stringify({ type: 'open', protocol: 3, resume: true, ...(model ? { model } : {}) });
+export const resumeFrame = (token, { id, fromSeq }) => JSON.stringify({ type: 'resume', token, id, from_seq: fromSeq });
+
+/** Return the frame that asks for an answer, or, if `isContinued`, for more of the one that the messages end with. */
+export const generateFrame = (id, messages, params = {}, isContinued = false) =>
+  JSON.stringify({ type: 'generate', id, messages, params, times: true, ...(isContinued ? { continue: true } : {}) });
 export const cancelFrame = (id) => JSON.stringify({ type: 'cancel', id });
+export const byeFrame = () => JSON.stringify({ type: 'bye' });
 export const pingFrame = () => JSON.stringify({ type: 'ping' });
 
 /** Return the event in a frame, or null for anything that is none. */
@@ -24,7 +29,7 @@ export function backoffMs(attempt, random) {
 
 /** Whether to connect again by itself after a close with this code; else the next message connects. */
 export function reconnectsAfter(code) {
-  return ![1000, 1008, 1009, 4403, 4408].includes(code);
+  return ![1000, 1008, 1009, 4403, 4408, 4409].includes(code);
 }
 
 /** Return the length of `text` in UTF-8, which is what the site limits. */

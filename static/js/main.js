@@ -64,7 +64,7 @@ chat.addEventListener('start', () => {
   if (!chat.conversation.isTemporary && location.hash !== `#${chat.conversation.id}`) history.replaceState(null, '', `#${chat.conversation.id}`);
 });
 connection.addEventListener('event', ({ detail: event }) => {
-  if (event.type !== 'opened') return;
+  if (event.type !== 'opened' && !event.resumed) return;
   maxLength = event.limits?.max_length ?? maxLength;
   settings.site = event;
   paintSoon();
@@ -82,7 +82,7 @@ function newChat({ isTemporary = false } = {}) {
 function openFromAddress() {
   const record = library.get(location.hash.slice(1));
   if (record?.id === chat.conversation.id) return;
-  chat.open(record ?? library.create({ system: settings.system }));
+  chat.open(record ?? library.create({ system: settings.system }), { canResume: true });
   sidebar.makeRoom();
 }
 
@@ -165,6 +165,7 @@ function clear(id) {
 const messageHandlers = {
   onCopied: (isCopied) => say(t(isCopied ? 'status.copied' : 'status.copy_refused')),
   onEdit: (key, text) => chat.edit(key, text),
+  onContinue: () => chat.continue(),
   onRegenerate: (key) => chat.again(key),
   onSwitch: (key, step) => chat.switchVersion(key, step),
 };
@@ -184,7 +185,7 @@ function paintMessages(conversation) {
       views.set(message.key, view);
       byId('messages').append(view.element);
     }
-    view.update(message, { ...version(conversation, message), isBusy: chat.isGenerating });
+    view.update(message, { ...version(conversation, message), isBusy: chat.isGenerating, isLast: message === shown.at(-1) });
   }
 }
 

@@ -1,5 +1,6 @@
 /** What can be done with a message: buttons at its foot, the choice among its versions, and the form that edits it. */
 
+import { canContinue } from './conversation.js';
 import { h, icon } from './dom.js';
 import { t } from './i18n.js';
 
@@ -43,7 +44,7 @@ export async function copyText(text) {
 
 /**
  * The foot of a message. Handlers: `onCopied(isCopied)`, `onEdit(key, content)`, `onRegenerate(key)`,
- * `onSwitch(key, step)`.
+ * `onContinue()`, `onSwitch(key, step)`.
  */
 export class MessageActions {
   #count = h('span', { class: 'version' });
@@ -51,6 +52,7 @@ export class MessageActions {
   #next;
   #versions;
   #change;
+  #continue;
   #message = null;
 
   constructor(role, handlers) {
@@ -63,18 +65,23 @@ export class MessageActions {
       ? iconButton('edit', t('message.edit'), () => handlers.onEdit(this.#message))
       : iconButton('again', t('answer.again'), () => handlers.onRegenerate(this.#message.key));
     const copy = copyButton(t(isUser ? 'message.copy' : 'answer.copy'), () => this.#message.content, handlers.onCopied);
+    this.#continue = isUser ? null : h('button', { type: 'button', class: 'text-button small', onclick: () => handlers.onContinue() }, t('answer.continue'));
     this.stats = h('span', { class: 'stats' });
-    this.element = h('div', { class: 'foot' }, this.#versions, copy, this.#change, this.stats);
+    this.element = h('div', { class: 'foot' }, this.#versions, copy, this.#change, this.#continue ?? '', this.stats);
   }
 
-  /** `place` is {index, count, isBusy}: which version this is, of how many, and whether an answer is being written. */
-  update(message, { index, count, isBusy }) {
+  /**
+   * `place` is {index, count, isBusy, isLast}: which version this is, of how many, whether an answer is being written, and
+   * whether this is the last message.
+   */
+  update(message, { index, count, isBusy, isLast }) {
     this.#message = message;
     this.#versions.hidden = count < 2;
     this.#count.textContent = t('version.count', { index: index + 1, count });
     this.#previous.disabled = isBusy || index === 0;
     this.#next.disabled = isBusy || index === count - 1;
     this.#change.disabled = isBusy;
+    if (this.#continue) this.#continue.hidden = isBusy || !isLast || !canContinue(message);
     this.element.hidden = message.role === 'assistant' && message.content === '' && message.outcome === null && count < 2;
   }
 }

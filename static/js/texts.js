@@ -7,7 +7,7 @@ export { shortNumber };
 const ERRORS = new Set([
   'max_length_exceeded', 'cache_full', 'no_capacity', 'limit_exceeded', 'missing_blocks', 'model_loading', 'model_not_found',
   'stream_lost', 'peer_unreachable', 'timeout', 'draining', 'node_draining', 'origin_not_allowed', 'frame_too_large',
-  'internal_error', 'disconnected', 'unreachable', 'interrupted',
+  'internal_error', 'disconnected', 'unreachable', 'interrupted', 'taken_over',
 ]);
 
 /** Return what to show for an error {code, message, retryable, request_id?}; `blocks` are those that it waited for. */
@@ -35,7 +35,7 @@ export function blocksText(spans) {
 
 /** Return what happens to an answer that is being written, without what changes every second. */
 export function noticeText(notice) {
-  if (notice.kind === 'recovered') return t('notice.recovered');
+  if (notice.kind !== 'waiting') return t(`notice.${notice.kind}`);
   const blocks = blocksText(notice.blocks);
   switch (notice.cause) {
     case 'looking':

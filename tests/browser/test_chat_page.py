@@ -1,8 +1,6 @@
 """The chat page as a person uses it."""
 
-import os
 import re
-import signal
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -199,21 +197,6 @@ def test_the_end_is_followed_only_by_readers_who_are_there(page: Page) -> None:
     expect(page.get_by_role("button", name="Latest")).to_be_hidden()
     page.keyboard.press("Escape")
     expect(answer(page)).to_contain_text("stopped")
-
-
-def test_a_lost_connection_is_told_and_a_site_that_comes_back_is_found(page: Page) -> None:
-    with running_site("--delay", "0.03") as site:
-        page.goto(site.url)
-        ask(page, "stuck")
-        expect(answer(page)).to_contain_text("one two")
-        os.kill(site.counts()["pid"], signal.SIGKILL)  # gunicorn starts another worker
-        alert = page.get_by_role("alert")
-        expect(alert).to_contain_text("connection was lost")
-        ask(page, "hi")
-        expect(alert).to_have_count(0)
-        wait_for_end(page)
-        expect(answer(page)).to_contain_text("An umbel is")
-        page.goto("about:blank")
 
 
 def test_a_restart_is_told(page: Page) -> None:

@@ -1,6 +1,8 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { ask, askAgain, contextUse, edit, emptyConversation, fail, isGenerating, receive, toSend } from '../../static/js/conversation.js';
+import {
+  ask, askAgain, canContinue, contextUse, continueAnswer, edit, emptyConversation, fail, interrupt, isGenerating, receive, toSend,
+} from '../../static/js/conversation.js';
 import { switchVersion } from '../../static/js/tree.js';
 
 const delta = (seq, text, id = 'g') => ({ type: 'delta', id, seq, text, tokens: 1 });
@@ -142,4 +144,24 @@ test('frames of any kind are numbered, and repeated ones change nothing', () => 
   const conversation = after({ type: 'started', id: 'g', seq: 0, queue_position: 0 }, delta(1, 'a'), { ...recovered, seq: 2 });
   assert.equal(conversation.expectedSeq, 3);
   assert.equal(receive(conversation, { ...recovered, seq: 2 }), conversation);
+});
+
+test('a cut answer is continued where it ended', () => {
+  const cut = after(delta(0, 'a'), done('length'));
+  assert.equal(canContinue(last(cut)), true);
+  const open = continueAnswer(cut, 'h');
+  assert.deepEqual(said(open), ['hi', 'a']);
+  const whole = receive(receive(open, delta(0, 'b', 'h')), done('stop', 'h'));
+  assert.deepEqual(said(whole), ['hi', 'ab']);
+  assert.deepEqual([last(whole), last(after(done('length'))), cut.messages[0]].map(canContinue), [false, false, false]);
+});
+
+test('a lost connection is told until it is found again or ends', () => {
+  const lost = interrupt(after(delta(0, 'a')), true);
+  assert.equal(last(lost).notice.kind, 'reconnecting');
+  assert.equal(last(interrupt(lost, false)).notice, null);
+  assert.equal(last(receive(lost, delta(1, 'b'))).notice, null);
+  assert.equal(last(fail(lost)).notice, null);
+  const ended = after(done());
+  assert.equal(interrupt(ended, true), ended);
 });

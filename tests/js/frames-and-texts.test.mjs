@@ -1,16 +1,19 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import './english.mjs';
-import { backoffMs, byteLength, generateFrame, openFrame, parseFrame, reconnectsAfter } from '../../static/js/frames.js';
+import { backoffMs, byteLength, generateFrame, openFrame, parseFrame, reconnectsAfter, resumeFrame } from '../../static/js/frames.js';
 import {
   blocksText, contextText, errorText, hopRows, modelText, noticeText, noticeTimeText, outcomeText, recoveredText, shortNumber,
   shortTime, timesRows,
 } from '../../static/js/texts.js';
 
 test('frames are those of protocol 3', () => {
-  assert.deepEqual(JSON.parse(openFrame('m')), { type: 'open', protocol: 3, model: 'm' });
-  assert.deepEqual(JSON.parse(openFrame(null)), { type: 'open', protocol: 3 });
-  assert.deepEqual(JSON.parse(generateFrame('g', [])), { type: 'generate', id: 'g', messages: [], params: {}, times: true });
+  assert.deepEqual(JSON.parse(openFrame('m')), { type: 'open', protocol: 3, resume: true, model: 'm' });
+  assert.deepEqual(JSON.parse(openFrame(null)), { type: 'open', protocol: 3, resume: true });
+  assert.deepEqual(JSON.parse(resumeFrame('t', { id: 'g', fromSeq: 4 })), { type: 'resume', token: 't', id: 'g', from_seq: 4 });
+  const asked = { type: 'generate', id: 'g', messages: [], params: {}, times: true };
+  assert.deepEqual(JSON.parse(generateFrame('g', [])), asked);
+  assert.deepEqual(JSON.parse(generateFrame('g', [], {}, true)), { ...asked, continue: true });
 });
 
 test('what is no event is dropped', () => {
@@ -25,7 +28,7 @@ test('waits double up to half a minute, and half of each is chance', () => {
 
 test('a restart is connected to again, a refusal is not', () => {
   assert.deepEqual([1006, 1012, 1001].map(reconnectsAfter), [true, true, true]);
-  assert.deepEqual([1000, 1008, 1009, 4403, 4408].map(reconnectsAfter), [false, false, false, false, false]);
+  assert.deepEqual([1000, 1008, 1009, 4403, 4408, 4409].map(reconnectsAfter), Array(6).fill(false));
 });
 
 test('lengths are in bytes', () => assert.equal(byteLength('aé🌼'), 7));
