@@ -76,7 +76,7 @@ def test_the_keyboard_reaches_everything(page: Page, site: SiteProcess) -> None:
     expect(page.get_by_role("status")).to_have_text("Copied")
     assert page.evaluate("navigator.clipboard.readText()").startswith("def umbel")
     page.keyboard.press("Control+Shift+C")
-    page.wait_for_function("navigator.clipboard.readText().then((text) => text.startsWith('An umbel'))")
+    page.wait_for_function("() => navigator.clipboard.readText().then((text) => text.startsWith('An umbel'))")
     page.keyboard.press("ArrowUp")
     expect(page.get_by_role("textbox", name="Edit question")).to_be_focused()
     page.keyboard.press("Escape")
