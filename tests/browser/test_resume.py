@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
 from tests.app.site_process import SiteProcess, running_site
-from tests.browser.test_chat_page import answer, ask, wait_for_end
+from tests.browser.test_chat_page import NOTE_STATUS, answer, ask, wait_for_end
 
 pytestmark = pytest.mark.browser
 
@@ -49,10 +49,11 @@ def test_a_reload_in_mid_answer_goes_on_with_it(page: Page, site: SiteProcess) -
 def test_a_lost_connection_in_mid_answer_is_told_and_resumed(page: Page) -> None:
     ask(page, "long")
     expect(answer(page)).to_contain_text("word10")
+    page.evaluate(NOTE_STATUS)
     page.evaluate("sockets.at(-1).close()")
-    expect(answer(page).locator(".route-notice")).to_contain_text("connecting again")
     expect(answer(page)).to_contain_text("word30", timeout=15000)
     expect(answer(page).locator(".route-notice")).to_be_hidden()
+    assert "The connection was lost; connecting again…" in page.evaluate("spoken")
     stop_after(page, "word35")
     expect_no_token_lost_or_doubled(page)
 
