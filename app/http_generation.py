@@ -48,15 +48,18 @@ class Generation(Generic[T]):
         work: Callable[["Generation[T]"], None],
         cancel: Callable[[], None],
         on_end: Callable[[], None],
+        on_queued: Callable[["Generation[T]", int], None] = lambda *_: None,
     ) -> None:
         """`work` hands over what it makes by `put`. `cancel` lets it end soon, from any thread; `on_end` is called in
-        its thread behind it, whatever happened."""
+        its thread behind it, whatever happened. `on_queued` gets each new position in the site's queue in front of it:
+        1 for the next one, 0 once the turn has come; not called when there is no wait."""
         self._site, self._peer = site, peer
         self._work, self._cancel, self._on_end = work, cancel, on_end
         self._queue: queue.Queue[T | _End] = queue.Queue(MAX_QUEUED)
         self._is_cancelled = threading.Event()
         self._is_abandoned = threading.Event()
         self._ended_by: type[SiteDrainingError | ReplacedError] | None = None
+        self._on_queued, self._position = on_queued, 0
 
     @property
     def is_cancelled(self) -> bool:
@@ -126,10 +129,13 @@ class Generation(Generic[T]):
                 logger.exception("cannot end a generation")
             self._put(_End(error))
 
-    def _queued(self, _position: int) -> None:
-        """Leave the queue of generations when nobody waits any more."""
+    def _queued(self, position: int) -> None:
+        """Tell a new position; leave the queue of generations when nobody waits any more."""
         if self.is_cancelled:
             raise CancelledStepError("the request was given up before its turn came")
+        if position != self._position:
+            self._position = position
+            self._on_queued(self, position)
 
     def _put(self, item: T | _End) -> None:
         while not self._is_abandoned.is_set():

@@ -1,6 +1,6 @@
 """Pure: an answer of the client library, put into the objects of the OpenAI-compatible API."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,6 @@ from app.openai_replies import (
     TopLogprob,
     Usage,
 )
-from swarm_client.events import SessionEvent
 from swarm_client.generation.text_session import TextDelta, TokenLogprobs
 
 LEAST_LOGPROB = -9999.0
@@ -149,9 +148,9 @@ class ChatForm:
         """Return the chunk that says why the answer `index`, the last of `answers`, ended."""
         return self._chunk(ChunkDelta(), None, answers[-1].finish_reason, timings=timings(answers))
 
-    def event(self, event: SessionEvent) -> ChatChunk:
-        """Return what happened to the route, in a chunk that adds nothing."""
-        return self._chunk(ChunkDelta(), umbel_event=event_object(event))
+    def event(self, event: Mapping[str, Any]) -> ChatChunk:
+        """Return what happened, to the route or in the queue, in a chunk that adds nothing."""
+        return self._chunk(ChunkDelta(), umbel_event=dict(event))
 
     def total(self, answers: Sequence[OneAnswer]) -> ChatChunk:
         """Return the chunk with the usage, which has no choice."""
@@ -222,9 +221,9 @@ class CompletionForm:
         """Return the chunk that says why the answer `index`, the last of `answers`, ended."""
         return self._chunk(index, "", None, answers[-1].finish_reason, timings=timings(answers))
 
-    def event(self, event: SessionEvent) -> Completion:
-        """Return what happened to the route, in a chunk that adds nothing."""
-        return self._chunk(0, "", umbel_event=event_object(event))
+    def event(self, event: Mapping[str, Any]) -> Completion:
+        """Return what happened, to the route or in the queue, in a chunk that adds nothing."""
+        return self._chunk(0, "", umbel_event=dict(event))
 
     def total(self, answers: Sequence[OneAnswer]) -> Completion:
         """Return the chunk with the usage, which has no choice."""
@@ -265,8 +264,3 @@ class CompletionForm:
 
 
 AnswerForm = ChatForm | CompletionForm
-
-
-def event_object(event: SessionEvent) -> dict[str, Any]:
-    """Return what happened to the route as an object with its kind."""
-    return {"type": event.kind, **event.as_json()}

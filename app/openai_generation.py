@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from app.http_generation import Generation
 from app.http_peer import HttpPeer
@@ -29,6 +30,24 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Queued:
+    """The request has a new position in the site's queue: 1 for the next one, 0 once its turn has come."""
+
+    kind: ClassVar[str] = "queued"
+
+    position: int
+
+    @property
+    def message(self) -> str:
+        """The sentence for people."""
+        return f"position {self.position}" if self.position else "its turn has come"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as the APIs show them."""
+        return {"position": self.position}
+
+
+@dataclass(frozen=True, slots=True)
 class Begins:
     """The answer to prompt `index` is generated from now on."""
 
@@ -43,7 +62,7 @@ class Ends:
     cached_tokens: int
 
 
-Item = Begins | TextDelta | Ends | SessionEvent
+Item = Queued | Begins | TextDelta | Ends | SessionEvent
 
 
 def prepare_prompts(site: Site, model: TextModel, request: ChatRequest | CompletionRequest) -> list[Prompt]:
@@ -65,7 +84,7 @@ def prepare_prompts(site: Site, model: TextModel, request: ChatRequest | Complet
 
 def _fill(session: TextSession, request: ChatRequest | CompletionRequest, text: TextOrIds | None) -> None:
     if isinstance(request, ChatRequest):
-        session.set_messages(request.chat_messages())
+        session.set_messages(request.chat_messages(), continue_last=request.continue_final_message)
     elif isinstance(text, str):
         session.append_text(text)
     else:
@@ -104,7 +123,7 @@ def answer_prompts(site: Site, peer: HttpPeer, prompts: Sequence[Prompt]) -> Gen
         for prompt in prompts:
             prompt.session.close()
 
-    return Generation(site, peer, work, cancel, close)
+    return Generation(site, peer, work, cancel, close, lambda found, position: found.put(Queued(position)))
 
 
 class Answers:
@@ -157,4 +176,6 @@ class Answers:
                 self._answers[index].cached_tokens = item.cached_tokens
                 return self._form.finish(index, self._answers)
             case _:
-                return self._form.event(item) if has_events else f"{item.kind} {' '.join(item.message.split())}"
+                if has_events:
+                    return self._form.event({"type": item.kind, **item.as_json()})
+                return f"{item.kind} {' '.join(item.message.split())}"

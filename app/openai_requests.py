@@ -171,6 +171,23 @@ class ChatRequest(OpenAIGenerate):
     tool_choice: Literal["none", "auto"] | None = None
     function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
+    continue_final_message: Flag = False
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_continued(self) -> Self:
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ParamError(
+                "continue_final_message: the last message must be the assistant's for it", "continue_final_message"
+            )
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ParamError("add_generation_prompt: must be false to continue a message", "add_generation_prompt")
+        if self.add_generation_prompt is False and not self.continue_final_message:
+            raise ParamError(
+                "add_generation_prompt: only an answer that is continued begins without a turn of its own",
+                "add_generation_prompt",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:

@@ -3,6 +3,8 @@
 import base64
 import json
 import struct
+import threading
+import time
 
 import pytest
 
@@ -17,6 +19,14 @@ from tests.app.fake_swarm import EOS, FakeModel, TalkingModel, scripted_reply
 MODEL = "umbel/fake-1b"
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hi there"}]}
+
+
+def until(condition):
+    """Wait for something that is to happen soon."""
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -371,6 +381,60 @@ def test_events_are_comments_or_chunks_that_clients_ignore():
     told = [chunk["umbel_event"] for chunk in chunks if "umbel_event" in chunk]
     assert [event["type"] for event in told] == ["route_changed", *["waiting"] * 3, "route_changed", "recovered"]
     assert all(chunk["choices"][0]["delta"] == {} for chunk in chunks if "umbel_event" in chunk)
+
+
+@pytest.mark.parametrize("has_events", [False, True])
+def test_the_place_in_the_queue_is_told(has_events):
+    client = client_of(TalkingModel(reply=scripted_reply), SiteConfig(generation=GenerationLimits(running_max=1)))
+    queue, found = site_of(client.application).queue, []
+    fields = {**HELLO, "stream": True, "stream_options": {"include_events": has_events}}
+
+    def ask():
+        found.append(client.post(CHAT, json=fields).text)
+
+    asking = threading.Thread(target=ask)
+    with queue.turn(lambda _: None):
+        asking.start()
+        until(lambda: queue.num_waiting == 1)
+    asking.join(10)
+    (text,) = found
+    assert text.endswith("[DONE]\n\n")
+    if has_events:
+        lines = [line for line in text.split("\n\n") if line.startswith("data: {")]
+        events = [json.loads(line[6:]).get("umbel_event") for line in lines]
+        assert [event for event in events if event and event["type"] == "queued"] == [
+            {"type": "queued", "position": 1},
+            {"type": "queued", "position": 0},
+        ]
+    else:
+        assert text.index("\n: queued position 1\n") < text.index("\n: queued its turn has come\n")
+        assert "umbel_event" not in text
+
+
+def test_an_answer_that_was_begun_is_continued(client):
+    messages = [*HELLO["messages"], {"role": "assistant", "content": "Hello"}]
+    found = client.post(CHAT, json={"messages": messages, "continue_final_message": True})
+    assert found.json["choices"][0]["message"]["content"] == " you"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        (
+            {
+                "messages": [*HELLO["messages"], {"role": "assistant", "content": "I"}],
+                "continue_final_message": True,
+                "add_generation_prompt": True,
+            },
+            "add_generation_prompt",
+        ),
+    ],
+)
+def test_what_cannot_be_continued_is_refused_by_name(client, fields, param):
+    found = client.post(CHAT, json={**HELLO, **fields})
+    assert (found.status_code, found.json["error"]["param"]) == (400, param)
 
 
 def test_pages_of_other_origins_may_send_the_headers_of_openais_library(client):

@@ -97,6 +97,10 @@ def test_answers_are_those_of_the_whole_model(pair: Pair, client: FlaskClient) -
     for prompt in (Words().decode(ids), ids):
         plain = client.post("/v1/completions", json={"prompt": prompt, "temperature": 0, "max_tokens": 5}).json
         assert plain["choices"][0]["text"] == local_text(pair, ids, 5)
+    begun = local_text(pair, [*ids, 90, 91], 2)
+    body = {**chat_body(ids, max_tokens=3), "continue_final_message": True}
+    body["messages"] = [*chat_body(ids)["messages"], {"role": "assistant", "content": "91" + begun}]
+    assert begun + client.post(CHAT, json=body).json["choices"][0]["message"]["content"] == wanted
     unknown = client.post("/v1/completions", json={"prompt": [10**6]})
     assert (unknown.status_code, unknown.json["error"]["code"]) == (400, "invalid_request")
 
