@@ -9,7 +9,9 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from flask import Flask, Response, jsonify
 
@@ -20,17 +22,18 @@ from app.server import serve
 from tests.app.fake_swarm import FakeModel, TalkingModel, scripted_reply
 
 
-def make_app(config: SiteConfig, model: FakeModel) -> Flask:
-    app = create_app(config, ModelRegistry([ModelSource(model.name, lambda: model)]))
+def make_app(config: SiteConfig, models: Sequence[FakeModel]) -> Flask:
+    sources = [ModelSource(model.name, partial(_itself, model)) for model in models]
+    app = create_app(config, ModelRegistry(sources))
     site = site_of(app)
 
     @app.get("/test/counts")
     def counts() -> Response:
         return jsonify(
-            open_sessions=model.counts.open_sessions,
-            appended_tokens=model.counts.appended_tokens,
-            generated_tokens=model.counts.generated_tokens,
-            cancels=model.counts.cancels,
+            open_sessions=sum(model.counts.open_sessions for model in models),
+            appended_tokens=sum(model.counts.appended_tokens for model in models),
+            generated_tokens=sum(model.counts.generated_tokens for model in models),
+            cancels=sum(model.counts.cancels for model in models),
             websockets=site.sockets.taken,
             http_generations=site.http_generations.taken,
             generating_threads=sum(thread.name == "umbel-http-generation" for thread in threading.enumerate()),
@@ -46,6 +49,10 @@ def make_app(config: SiteConfig, model: FakeModel) -> Flask:
     return app
 
 
+def _itself(model: FakeModel) -> FakeModel:
+    return model
+
+
 def _worker_connections() -> int:
     import gc
 
@@ -59,6 +66,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--delay", type=float, default=0.05, help="seconds a token")
     parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--models", default="umbel/fake-1b", help="their names")
     parser.add_argument("--settings", default="{}", help="JSON with fields of the configuration's parts")
     options = parser.parse_args()
     settings = json.loads(options.settings)
@@ -70,8 +78,11 @@ def main() -> None:
         generation=replace(GenerationLimits(), **settings.get("generation", {})),
         security=replace(SecurityConfig(), **settings.get("security", {})),
     )
-    model = TalkingModel(delay_s=options.delay, max_length=options.max_length, reply=scripted_reply)
-    serve(config, lambda site_config: make_app(site_config, model))
+    models = [
+        TalkingModel(name=name, delay_s=options.delay, max_length=options.max_length, reply=scripted_reply)
+        for name in options.models.split(",")
+    ]
+    serve(config, lambda site_config: make_app(site_config, models))
 
 
 if __name__ == "__main__":
