@@ -4,7 +4,7 @@ import { AnswerView } from './answer.js';
 import { h } from './dom.js';
 import { t } from './i18n.js';
 import { copyButton, editForm, MessageActions } from './message-actions.js';
-import { blocksText, hopRows, noticeText, noticeTimeText, outcomeText, recoveredText, stageText, timesRows } from './texts.js';
+import { blocksText, hopRows, isolated, noticeText, noticeTimeText, outcomeText, recoveredText, stageText, timesRows } from './texts.js';
 
 /** One message on the page; `update` brings it to a new state. */
 export class MessageView {
@@ -92,6 +92,7 @@ export class MessageView {
   #renderText({ role, content, state }) {
     if (state === 'waiting' || (content === '' && state !== 'streaming')) {
       this.#answer = null;
+      this.#body.dir = ''; // the page's
       return this.#body.replaceChildren(state === 'waiting' ? dots() : h('p', { class: 'empty' }, emptyText(state)));
     }
     if (role === 'user') return this.#body.replaceChildren(h('p', {}, content));
@@ -125,7 +126,7 @@ function statsText(message) {
 /** Return the elements that tell which nodes made an answer that is over. */
 function routeReport({ route, state }) {
   if (!route?.length || state === 'waiting' || state === 'streaming') return [];
-  const parts = route.map(({ blocks, peer }) => h('li', {}, t('route.part', { blocks: blocksText([blocks]), peer })));
+  const parts = route.map(({ blocks, peer }) => h('li', {}, t('route.part', { blocks: blocksText([blocks]), peer: isolated(peer) })));
   const count = new Set(route.map(({ peer }) => peer)).size;
   return [h('details', { class: 'times' }, h('summary', {}, t('route.served', { count })), h('ul', { class: 'route' }, ...parts))];
 }

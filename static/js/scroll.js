@@ -21,9 +21,9 @@ export class Follower {
     this.follow();
   }
 
-  /** Call after the content grew. */
+  /** Call after the content grew. A message that is being edited stays where it is. */
   follow() {
-    if (this.#isFollowing) this.#scroller.scrollTop = this.#scroller.scrollHeight;
+    if (this.#isFollowing && !this.#scroller.querySelector('.edit-form')) this.#scroller.scrollTop = this.#scroller.scrollHeight;
     this.#show();
   }
 

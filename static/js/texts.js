@@ -84,10 +84,13 @@ export function timesRows({ first_token: first, per_token: one, total }) {
   ]);
 }
 
+/** Return a name as it is written, also in the midst of text that runs from right to left. */
+export const isolated = (name) => `\u2066${name}\u2069`;
+
 /** Return the rows of the machines: [“blocks 0–11 · …Zb3rYm”, computing, network], for one token. */
 export function hopRows({ hops }) {
   return hops.map(({ blocks, peer, per_token: one }) => [
-    `${blocksText([blocks])} · ${peer}`, ...[one.compute_s, one.wire_s].map((value) => (value > 0 ? shortTime(value) : '–')),
+    `${blocksText([blocks])} · ${isolated(peer)}`, ...[one.compute_s, one.wire_s].map((value) => (value > 0 ? shortTime(value) : '–')),
   ]);
 }
 

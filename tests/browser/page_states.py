@@ -7,8 +7,8 @@ writes a sheet of each state into FOLDER: light, dark, on a phone, and from righ
 
 import base64
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -55,18 +55,13 @@ def _who_served(page: Page, _url: str) -> None:
     page.locator("details.times summary").first.click()
 
 
-@contextmanager
-def _busy(url: str) -> Iterator[None]:
-    """Keep the site's only place busy."""
-    body = {"messages": [{"role": "user", "content": "stuck"}], "stream": True}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30):
-        yield
-
-
 def _queued(page: Page, url: str) -> None:
-    with _busy(url):
-        _ask(page, "hi")
-        page.locator(".stage:visible").wait_for()
+    body = {"messages": [{"role": "user", "content": "stuck"}], "stream": True}
+    stack = ExitStack()  # keeps the site's only place busy while the page is open
+    stack.enter_context(httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30))
+    page.once("close", lambda _: stack.close())
+    _ask(page, "hi")
+    page.locator(".stage:visible").wait_for()
 
 
 def _waiting(page: Page, _url: str) -> None:

@@ -117,7 +117,7 @@ def test_a_lost_machine_is_told_in_the_answer_and_a_note_of_it_stays(page: Page,
     page.keyboard.press("Enter")  # the disclosure is the last thing before the message field
     report = answer(page).get_by_role("group", name="Where the time went").get_by_role("table")
     expect(report.first).to_contain_text("Lost machines")
-    expect(report.last).to_contain_text("blocks 12–15 · …other2")
+    expect(report.last).to_contain_text("blocks 12–15 · \u2066…other2\u2069")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 

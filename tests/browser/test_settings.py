@@ -61,7 +61,7 @@ def test_an_answer_tells_which_nodes_served_it(page: Page) -> None:
     ask(page, "replaced")
     wait_for_end(page)
     answer(page).get_by_text("Served by 2 nodes").click()
-    expect(answer(page)).to_contain_text("blocks 12–15 · …third3")
+    expect(answer(page)).to_contain_text("blocks 12–15 · \u2066…third3\u2069")
 
 
 def test_the_keyboard_reaches_everything(page: Page, site: SiteProcess) -> None:

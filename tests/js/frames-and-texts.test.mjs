@@ -90,5 +90,5 @@ test('the table of times leaves out what took none', () => {
     ['Computing', '0.5 s', '50 ms', '2.0 s'], ['Network', '20 ms', '20 ms', '20 ms'], ['Lost machines', '–', '–', '1.5 s'],
     ['All', '0.5 s', '70 ms', '3.5 s'],
   ]);
-  assert.deepEqual(hopRows(times), [['blocks 0–11 · …Zb3rYm', '50 ms', '–']]);
+  assert.deepEqual(hopRows(times), [['blocks 0–11 · \u2066…Zb3rYm\u2069', '50 ms', '–']]);
 });
