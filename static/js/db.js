@@ -65,7 +65,10 @@ export class Database {
   }
 
   #run(mode, action) {
-    return done(action(this.#database.transaction(STORE, mode).objectStore(STORE)));
+    const transaction = this.#database.transaction(STORE, mode);
+    const request = action(transaction.objectStore(STORE));
+    transaction.commit(); // now, and not once the page has looked at the result: it may be about to go
+    return done(request);
   }
 
   #giveUp() {

@@ -10,9 +10,13 @@ from tests.app.site_process import SiteProcess, running_site
 pytestmark = pytest.mark.browser
 
 
+PAINTED = "() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)))"
+
+
 def ask(page: Page, text: str) -> None:
     page.get_by_label("Message").fill(text)
     page.keyboard.press("Enter")
+    page.evaluate(PAINTED)  # until then the page looks as if nothing was asked
 
 
 def wait_for_end(page: Page) -> None:
