@@ -18,9 +18,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from app.demo import find_model
 from bench.answers import CACHE, MOST_ID, SETTLE_S
 from bench.forked_nodes import ForkedNode, NodeNursery
-from bench.shaped_model import save_smollm2
 from swarm_client import ClientConfig, SamplingParams, Swarm, SwarmError, open_text_model
 from swarm_client.generation.text_model import DistributedTextModel
 
@@ -82,8 +82,7 @@ class Pool:
 def measure(duration_s: float, every_s: float, is_sparing: bool, num_tokens: int) -> None:
     """Measure and print the table."""
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        source = str(save_smollm2(folder / "SmolLM2-135M-Instruct"))
+        folder, source = Path(stack.enter_context(tempfile.TemporaryDirectory())), str(find_model())
         nursery = stack.enter_context(NodeNursery(folder))
         bootstrap = nursery.bootstrap().address
         pool = Pool(nursery, source, bootstrap)

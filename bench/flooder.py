@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from swarm_client.message_stream import MessageStream
 from swarm_protocol.errors import SwarmError
 from swarm_protocol.ids import PeerId
+from swarm_protocol.message_stream import MessageStream
 from swarm_protocol.messages import (
     COMPUTE_PROTOCOL,
     PROTOCOL_VERSIONS,

@@ -1,18 +1,10 @@
-"""Checkpoints for measurements: a real model's shape with random weights, and the demo's model in a fast format."""
+"""Checkpoints with a real model's shape and random weights, for measurements that need no sense in the answers."""
 
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BloomConfig,
-    BloomForCausalLM,
-    PreTrainedTokenizerFast,
-)
-
-from app.demo import find_model
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 END = "<end>"
 
@@ -35,18 +27,4 @@ def save_bloom_560m(folder: Path) -> Path:
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token=END)), eos_token=END
     )
     tokenizer.save_pretrained(folder)
-    return folder
-
-
-def save_smollm2(folder: Path) -> Path:
-    """Write the demo's model into the new `folder` as safetensors in float32. Returns the folder.
-
-    Of the four seconds of a processor that a node takes to read a GGUF file, most go to its vocabulary.
-    """
-    source = find_model()
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # The weights are dequantized, but the model still counts as quantized, which cannot be saved.
-    del model.hf_quantizer, model.config.quantization_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
     return folder

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from server_node.compute.block_runner import BlockRunner
 from swarm_protocol.errors import CheckpointError
-from swarm_protocol.model import load_ends, load_span, open_checkpoint
+from swarm_protocol.model import gguf_weights, load_ends, load_span, open_checkpoint
 from swarm_protocol.model.checkpoint import Checkpoint
 from swarm_protocol.spans import Span
 
@@ -140,3 +141,35 @@ def test_files_that_are_no_gguf_are_refused(tmp_path: Path, content: bytes) -> N
     (tmp_path / "bad.gguf").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"bad\.gguf"):
         open_checkpoint(str(tmp_path / "bad.gguf"))
+
+
+@pytest.mark.parametrize("says_vocab_size", [False, True])
+def test_the_configuration_is_transformers_without_its_vocabulary(tmp_path: Path, says_vocab_size: bool) -> None:
+    path = tmp_path / "wordy.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, value in (
+        (writer.add_block_count, 2),
+        (writer.add_embedding_length, 32),
+        (writer.add_feed_forward_length, 64),
+        (writer.add_head_count, 4),
+        (writer.add_layer_norm_rms_eps, 1e-5),
+    ):
+        add(value)  # type: ignore[operator]
+    writer.add_name("Wordy")
+    writer.add_head_count_kv([2, 2])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"word{number}" for number in range(5000)])
+    writer.add_token_types([1] * 5000)
+    if says_vocab_size:
+        writer.add_vocab_size(5120)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    wanted = load_gguf_checkpoint(str(path))["config"]
+    assert wanted["vocab_size"] == (5120 if says_vocab_size else 5000)
+    assert gguf_weights._config_fields(path) == wanted
+
+
+def test_the_demos_configuration_is_transformers(demo: Checkpoint) -> None:
+    assert gguf_weights._config_fields(demo.path) == load_gguf_checkpoint(str(demo.path))["config"]  # type: ignore[attr-defined]
