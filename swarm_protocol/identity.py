@@ -131,6 +131,11 @@ def verify(peer_id: PeerId, data: bytes, signature: bytes) -> bool:
     return True
 
 
+def has_key(peer_id: str) -> bool:
+    """Whether a text is a peer id that contains its key, so that somebody can sign for it."""
+    return _public_key_in(peer_id) is not None
+
+
 def _peer_id_of(public_key: bytes) -> PeerId:
     return PeerId(base58.b58encode(_IDENTITY_MULTIHASH_HEAD + _PUBLIC_KEY_HEAD + public_key).decode())
 

@@ -96,6 +96,24 @@ def seal(record: NodeRecord, sign: Callable[[bytes], bytes]) -> bytes:
     return value
 
 
+class _Expiry(msgspec.Struct):
+    expires_at_s: float
+
+
+def signed_until(value: bytes, owner: PeerId, verify: Callable[[PeerId, bytes, bytes], bool]) -> float:
+    """Return until when `owner` has signed that `value` holds; 0 if it is not `owner`'s own word.
+
+    The directory keeps nothing below a peer's id that expires later than this: else a stranger could take a record's
+    place with one of his own, or with an older one of the same node that he gives a longer life.
+    """
+    try:
+        payload, signature = msgspec.msgpack.decode(value, type=tuple[bytes, bytes])
+        expires_at_s = msgspec.msgpack.decode(payload, type=_Expiry).expires_at_s
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return 0.0
+    return expires_at_s if verify(owner, payload, signature) else 0.0
+
+
 def unseal(value: bytes, owner: PeerId, verify: Callable[[PeerId, bytes, bytes], bool], now_s: float) -> NodeRecord:
     """Return the record that `owner` published as `value`.
 

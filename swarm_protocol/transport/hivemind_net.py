@@ -296,7 +296,7 @@ class HivemindDirectory:
 
     async def store(self, key: str, subkey: str, value: bytes, expires_at_s: float) -> bool:
         """Store at the peers whose ids are nearest to the key's. Raises InvalidRecordError if it is too big or late."""
-        check_value(subkey, value, expires_at_s - get_dht_time())
+        check_value(subkey, value, expires_at_s, get_dht_time())
         is_client = self._node.protocol.client_mode  # nobody can ask a client for what it keeps
         stored = await self._node.store_many(
             [key], [value], [float(expires_at_s)], subkeys=[subkey], exclude_self=is_client
@@ -316,7 +316,7 @@ class _BoundedValues(RecordValidatorBase):  # type: ignore[misc]  # hivemind is 
     def validate(self, record: DHTRecord) -> bool:
         """Whether to store `record`, or to believe it when another peer answers with it."""
         tolerated_now_s = get_dht_time() + MAX_DHT_TIME_DISCREPANCY_SECONDS
-        return is_storable(record.subkey, record.value, record.expiration_time - tolerated_now_s)
+        return is_storable(record.subkey, record.value, record.expiration_time, tolerated_now_s)
 
     def merge_with(self, other: RecordValidatorBase) -> bool:
         """Two of a kind are one."""

@@ -301,7 +301,7 @@ class MemoryDirectory:
         Raises InvalidRecordError if it is too big or expires too late.
         """
         network = self._transport.network
-        check_value(subkey, value, expires_at_s - network.now_s())
+        check_value(subkey, value, expires_at_s, network.now_s())
         await self._reach()
         values = network.records.setdefault(key, {})
         present = values.get(subkey)

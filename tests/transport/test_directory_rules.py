@@ -5,22 +5,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarm_protocol.identity import create_identity
 from swarm_protocol.transport.directory_rules import MAX_SUBKEY_CHARS, MAX_VALUE_BYTES, is_storable, usable_values
 
+NOW_S = 1_700_000_000.0
 packed = msgspec.msgpack.encode
 ascii_text = st.text(st.characters(max_codepoint=127), min_size=1, max_size=MAX_SUBKEY_CHARS)
 
 
 @given(ascii_text, st.binary(max_size=MAX_VALUE_BYTES), st.floats(-1e9, 3600))
 def test_what_peers_store_is_taken(subkey: str, value: bytes, expires_in_s: float):
-    assert is_storable(packed(subkey), packed(value), expires_in_s)
+    assert is_storable(packed(subkey), packed(value), NOW_S + expires_in_s, NOW_S)
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
 def test_whatever_is_taken_can_be_unpacked(subkey: bytes, value: bytes):
-    if is_storable(subkey, packed(b"value"), 0):
+    if is_storable(subkey, packed(b"value"), NOW_S, NOW_S):
         assert isinstance(msgspec.msgpack.decode(subkey), str)
-    if is_storable(packed("subkey"), value, 0):
+    if is_storable(packed("subkey"), value, NOW_S, NOW_S):
         assert isinstance(msgspec.msgpack.decode(value), bytes)
 
 
@@ -48,7 +50,7 @@ def test_whatever_is_taken_can_be_unpacked(subkey: bytes, value: bytes):
     ],
 )
 def test_anything_else_is_refused(subkey: bytes, value: bytes, expires_in_s: float):
-    assert not is_storable(subkey, value, expires_in_s)
+    assert not is_storable(subkey, value, NOW_S + expires_in_s, NOW_S)
 
 
 def test_of_an_answer_only_sound_values_are_used():
@@ -56,3 +58,21 @@ def test_of_an_answer_only_sound_values_are_used():
     assert usable_values(answer, 10.0) == {"good": b"v"}
     assert usable_values(None, 10.0) == {}
     assert usable_values(b"a value without subkeys", 10.0) == {}
+
+
+def test_below_a_peers_id_only_its_own_words_are_taken_and_no_longer_than_they_hold():
+    identity, other = create_identity(), create_identity()
+    payload = packed({"expires_at_s": NOW_S + 30, "state": "online"})
+    signed = packed((payload, identity.sign(payload)))
+
+    def is_taken(owner: str, value: bytes, expires_in_s: float) -> bool:
+        return is_storable(packed(owner), packed(value), NOW_S + expires_in_s, NOW_S)
+
+    assert is_taken(identity.peer_id, signed, 30)
+    assert is_taken(identity.peer_id, signed, 10)
+    assert not is_taken(identity.peer_id, signed, 30.1)
+    assert not is_taken(other.peer_id, signed, 30)
+    assert not is_taken(identity.peer_id, packed((payload, other.sign(payload))), 30)
+    assert not is_taken(identity.peer_id, payload, 30)
+    assert not is_taken(identity.peer_id, packed((packed("no map"), identity.sign(packed("no map")))), 30)
+    assert is_taken("not a peer id", signed, 60)

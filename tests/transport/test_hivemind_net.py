@@ -17,8 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from swarm_protocol.errors import ConfigError, PeerUnreachableError, StreamLostError
-from swarm_protocol.identity import load_or_create_identity
+from swarm_protocol.errors import ConfigError, InvalidRecordError, PeerUnreachableError, StreamLostError
+from swarm_protocol.identity import create_identity, load_or_create_identity
+from swarm_protocol.ids import PeerId
+from swarm_protocol.messages import PROTOCOL_VERSIONS
+from swarm_protocol.records import NodeRecord, NodeState, seal
 from swarm_protocol.transport import FrameStream, hivemind_net
 from swarm_protocol.transport.hivemind_net import HivemindTransport, NetworkConfig, open_transport
 
@@ -341,8 +344,8 @@ async def test_a_third_peer_is_seen_and_dialled_by_peers_that_never_heard_its_ad
         await second.directory.lookup(["nodes"])
         async with opened(joining(first)) as third:
             await third.serve("echo", echo)
-            await third.directory.store("nodes", third.peer_id, b"here", third.now_s() + 30)
-            assert await second.directory.lookup(["nodes"]) == {"nodes": {third.peer_id: b"here"}}
+            await third.directory.store("nodes", "third", b"here", third.now_s() + 30)
+            assert await second.directory.lookup(["nodes"]) == {"nodes": {"third": b"here"}}
             stream = await second.dial(third.peer_id, "echo")
             await stream.send([b"x"])
             assert await stream.receive() == b"x"
@@ -367,3 +370,43 @@ async def test_values_without_a_subkey_cannot_displace_the_others():
         assert not await second._node.store("nodes", b"stays", second.now_s() + 1e6, subkey="for good")
         for peer in (first, second):
             assert await peer.directory.lookup(["nodes"]) == {"nodes": {"first": b"here"}}
+
+
+async def test_a_forged_a_replayed_and_an_oversized_record_change_nothing(tmp_path: Path):
+    identity = load_or_create_identity(tmp_path / "identity")
+
+    def sealed(state: NodeState, now_s: float) -> tuple[bytes, float]:
+        record = node_record(identity.peer_id, state, now_s)
+        return seal(record, identity.sign), record.expires_at_s
+
+    async with opened() as first, opened(joining(first)) as second, opened(joining(first)) as attacker:
+        mine, owner = "umbel/1/model/0", identity.peer_id
+        old, old_until_s = sealed("draining", first.now_s())
+        assert await first.directory.store(mine, owner, old, old_until_s)
+        now, until_s = sealed("online", first.now_s() + 1)
+        assert await first.directory.store(mine, owner, now, until_s)
+        assert attacker._node is not None
+        attacker._node.protocol.record_validator = None  # it keeps to no rule
+        forger = create_identity()
+        forged = seal(node_record(owner, "offline", first.now_s()), forger.sign)
+        for value, expires_at_s in (
+            (forged, until_s + 10),
+            (old, until_s + 10),
+            (now, until_s + 10),
+            (bytes(3000), until_s + 10),
+            (b"", until_s + 10),
+        ):
+            await attacker._node.store(mine, value, expires_at_s, subkey=owner)
+            for peer in (first, second):
+                assert await peer.directory.lookup([mine]) == {mine: {owner: now}}
+        with pytest.raises(InvalidRecordError):
+            await second.directory.store(mine, owner, forged, until_s + 10)
+        later, later_until_s = sealed("offline", first.now_s() + 2)
+        assert await second.directory.store(mine, owner, later, later_until_s)  # whoever brings it
+        assert await first.directory.lookup([mine]) == {mine: {owner: later}}
+
+
+def node_record(owner: PeerId, state: NodeState, now_s: float) -> NodeRecord:
+    return NodeRecord(
+        owner, "model", "revision", 0, 4, state, 1, now_s, now_s + 30, PROTOCOL_VERSIONS, "umbel", "float32", "n", 0, 0
+    )
