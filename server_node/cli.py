@@ -181,8 +181,11 @@ def _drain(identity_path: str | None) -> int:
 
 async def _bootstrap(network: NetworkConfig, lifecycle: _Lifecycle) -> None:
     from server_node.node import best_address, joined, stopped_or_lost
+    from server_node.probing import Prober
+    from swarm_protocol.messages import PROBE_PROTOCOL
 
     async with joined(network) as (transport, _):
+        await transport.serve(PROBE_PROTOCOL, Prober(transport).serve)
         address = best_address(transport.addresses)
         for other in transport.addresses:
             logger.info("reachable at %s", other)

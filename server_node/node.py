@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from server_node.admission import Admission, ServedSpan
@@ -19,14 +20,16 @@ from server_node.draining import drain_sessions
 from server_node.handlers import NodeHandlers
 from server_node.neighbours import NeighbourPings
 from server_node.placement import choose_span, num_blocks_that_fit
+from server_node.probing import Prober, Proof, Prove, is_proven, needs_no_proof
 from server_node.sessions import SessionTable
 from server_node.speed import RoutingFacts, SpeedMeter
 from server_node.transfers import Transfers
 from swarm_protocol.errors import ConfigError, InvalidRecordError, PeerUnreachableError, StreamLostError
 from swarm_protocol.identity import Identity, load_or_create_identity, verify
-from swarm_protocol.ids import PeerId, short_peer
+from swarm_protocol.ids import PeerId, peer_in, short_peer
 from swarm_protocol.messages import (
     COMPUTE_PROTOCOL,
+    PROBE_PROTOCOL,
     PROTOCOL_VERSIONS,
     RING_PROTOCOL,
     SESSION_PROTOCOL,
@@ -108,7 +111,10 @@ async def run_node(
                 online = Online(served.model, span, best_address(transport.addresses))
                 node = Node(transport, announcer, worker, served, config.limits)
                 await measure_speed(worker, served, node.speed)
-                await node.serve(stop, lambda: observer.on_online(online), observer.on_draining)
+                outside = partial(_outside_peer, config.network, transport, open_network)
+                initial_peers = [peer_in(address) for address in config.network.initial_peers]
+                proof = Proof(transport, served, model.checkpoint.num_blocks, initial_peers, outside)
+                await node.serve(stop, lambda: observer.on_online(online), observer.on_draining, proof.given)
     finally:
         worker.close()
 
@@ -134,10 +140,15 @@ class Node:
         self._limits = limits
 
     async def serve(
-        self, stop: asyncio.Event, on_online: Callable[[], None], on_draining: Callable[[int], None] = lambda _: None
+        self,
+        stop: asyncio.Event,
+        on_online: Callable[[], None],
+        on_draining: Callable[[int], None] = lambda _: None,
+        prove: Prove = needs_no_proof,
     ) -> None:
         """Serve sessions and forward passes until `stop` is set and the sessions have moved, or their time is over.
 
+        The record says that the node is online once `prove` has returned.
         Raises StreamLostError, in a group, if the network is lost for good: a node that nobody reaches must not look
         alive.
         """
@@ -150,10 +161,12 @@ class Node:
             await self._transport.serve(
                 TRANSFER_PROTOCOL, lambda stream: handlers.serve_with(stream, transfers.converse)
             )
+            await self._transport.serve(PROBE_PROTOCOL, Prober(self._transport).serve)
             cache_tokens = self.admission.served.cache_tokens
             self._announcer.serving(cache_tokens, lambda: self.admission.tokens_for_new_sessions, self._routing_facts)
-            await self._announcer.announce("online")
-            on_online()
+            if await is_proven(prove(), stopped_or_lost(stop, self._transport)):
+                await self._announcer.announce("online")
+                on_online()
             pinging = group.create_task(self._neighbours.run(), name="neighbour pings")
             await stopped_or_lost(stop, self._transport)
             pinging.cancel()
@@ -214,6 +227,17 @@ async def joined(
             yield transport, identity
         finally:
             await transport.close()
+
+
+@asynccontextmanager
+async def _outside_peer(
+    network: NetworkConfig, transport: Transport, open_network: OpenNetwork
+) -> AsyncIterator[Transport]:
+    """Be on the network inside as another peer, which only knows `transport`."""
+    local = [address for address in transport.addresses if address.startswith(("/ip4/127.", "/ip6/::1/"))]
+    config = NetworkConfig(tuple((local or list(transport.addresses))[:1]), network.host, client_mode=True)
+    async with joined(config, open_network) as (outside, _):
+        yield outside
 
 
 def _remove_all_in(folder: Path) -> None:

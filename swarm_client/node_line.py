@@ -5,11 +5,11 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
-from swarm_client.message_stream import MessageStream
 from swarm_client.routing.find_route import Hop
 from swarm_client.sent import NotBroughtError, Sent
 from swarm_protocol.errors import ProtocolError, StepTimeoutError, StreamLostError, error_from_wire
 from swarm_protocol.ids import short_peer
+from swarm_protocol.message_stream import MessageStream
 from swarm_protocol.messages import (
     SESSION_PROTOCOL,
     Draining,

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from swarm_client.message_stream import MessageStream
 from swarm_protocol.errors import StepTimeoutError, SwarmError
+from swarm_protocol.message_stream import MessageStream
 from swarm_protocol.messages import Step, StepReply, tensor_bytes
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from swarm_client.config import ClientConfig
 from swarm_client.loop_thread import LoopThread, join_network
-from swarm_client.message_stream import MessageStream
 from swarm_client.prefix_hashes import KEY_BYTES
 from swarm_client.routing.costs import RouteWish
 from swarm_client.routing.find_route import Hop, ModelKey, find_throughput_route
@@ -21,6 +20,7 @@ from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.swarm_session import SwarmSession
 from swarm_protocol.errors import StepTimeoutError, SwarmError, UnexpectedMessageError, error_from_wire
 from swarm_protocol.ids import short_peer
+from swarm_protocol.message_stream import MessageStream
 from swarm_protocol.messages import COMPUTE_PROTOCOL, ErrorReply, Forward, ForwardReply, WireTensor
 from swarm_protocol.spans import Span, describe_blocks, uncovered
 from swarm_protocol.tape import TapeBudget

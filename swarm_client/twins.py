@@ -7,11 +7,11 @@ from typing import Protocol
 from swarm_client.config import ClientConfig
 from swarm_client.events import RouteReason
 from swarm_client.leg import Leg
-from swarm_client.message_stream import MessageStream
 from swarm_client.reservation import tokens_to_reserve
 from swarm_client.session_streams import SessionStreams
 from swarm_protocol.errors import SessionClosedError, StepTimeoutError, UnexpectedMessageError, error_from_wire
 from swarm_protocol.ids import PeerId, short_peer
+from swarm_protocol.message_stream import MessageStream
 from swarm_protocol.messages import (
     TRANSFER_PROTOCOL,
     CopySession,

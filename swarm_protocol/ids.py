@@ -21,6 +21,11 @@ def parse_peer_id(text: str) -> PeerId:
     return PeerId(text)
 
 
+def peer_in(address: str) -> PeerId:
+    """Return the peer that a multiaddress ends with, `…/p2p/12D3KooW…`. Raises ValueError if it ends with none."""
+    return parse_peer_id(address.rpartition("/p2p/")[2])
+
+
 def is_model_name(text: str) -> bool:
     """Whether `text` can name a model in records: up to 128 letters, digits and `._/-`."""
     return _MODEL_NAME.fullmatch(text) is not None

@@ -1,16 +1,17 @@
-"""Messages over a frame stream, for the side that dials."""
+"""Messages over a frame stream, for a side that takes one after the other."""
 
 from swarm_protocol.messages import Message
 from swarm_protocol.transport.base import FrameStream
-from swarm_protocol.wire import MessageAssembler, encode
+from swarm_protocol.wire import MessageAssembler, WireLimits, encode
 
 
 class MessageStream:
     """Messages over a frame stream."""
 
-    def __init__(self, frames: FrameStream) -> None:
+    def __init__(self, frames: FrameStream, limits: WireLimits | None = None) -> None:
+        """`limits` are for what is received."""
         self._frames = frames
-        self._assembler = MessageAssembler()
+        self._assembler = MessageAssembler(limits or WireLimits())
 
     async def send(self, message: Message) -> None:
         """Send `message`. A cancelled send leaves the stream unusable. Raises StreamLostError."""

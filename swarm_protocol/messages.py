@@ -19,7 +19,8 @@ Work without a session, a span run forward over whole sequences, goes over strea
 
     Forward → ForwardReply | ErrorReply
 
-How a session moves from a node that leaves to another one is in `transfer_messages.py`.
+How a session moves from a node that leaves to another one is in `transfer_messages.py`, how a node has itself tried out
+in `probe_messages.py`.
 
 `Ping → Pong` is answered on both. Fields are checked against the ranges written here when a message is decoded
 (`wire.py`); what depends on the receiver (the span it serves, its free cache) is checked by the receiver.
@@ -32,6 +33,9 @@ from msgspec import Meta
 
 from swarm_protocol.errors import SwarmError
 from swarm_protocol.ids import ID_BYTES
+from swarm_protocol.probe_messages import PROBE_PROTOCOL as PROBE_PROTOCOL
+from swarm_protocol.probe_messages import Probed as Probed
+from swarm_protocol.probe_messages import ProbeMe as ProbeMe
 from swarm_protocol.spans import Span
 from swarm_protocol.transfer_messages import TRANSFER_PROTOCOL as TRANSFER_PROTOCOL
 from swarm_protocol.transfer_messages import CopySession as CopySession
@@ -329,6 +333,8 @@ Message = (
     | SessionCopied
     | FetchSession
     | Pages
+    | ProbeMe
+    | Probed
 )
 
 MESSAGE_TYPES: tuple[type[Message], ...] = Message.__args__

@@ -1,0 +1,45 @@
+"""Pure: the messages by which a node has itself tried out before it says that it is online.
+
+The node asks a peer, on a stream under `PROBE_PROTOCOL`, which then dials it, opens a session as a client would, and
+runs one token through its blocks:
+
+    ProbeMe → Probed | ErrorReply        what became of it; an error means that it was not tried
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
+
+from swarm_protocol.spans import Span
+
+PROBE_PROTOCOL = "/umbel/probe/1"
+
+_Text = Annotated[str, Meta(max_length=160)]
+_Block = Annotated[int, Meta(ge=0, le=65535)]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeMe:
+    """Try the blocks `[start_block, end_block)` of the peer that sends this; a token has `hidden_size` values there."""
+
+    kind: ClassVar[int] = 70
+    model: _Text
+    revision: _Text
+    start_block: _Block
+    end_block: _Block
+    hidden_size: Annotated[int, Meta(ge=1, le=65536)]
+
+    @property
+    def span(self) -> Span:
+        """The blocks. Raises ValueError if there are none."""
+        return Span(self.start_block, self.end_block)
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What became of the step: `code` is empty if it went well, else that of the error, and `message` says more."""
+
+    kind: ClassVar[int] = 71
+    code: Annotated[str, Meta(max_length=64)] = ""
+    message: Annotated[str, Meta(max_length=1000)] = ""
