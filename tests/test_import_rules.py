@@ -17,7 +17,11 @@ MAY_IMPORT = {
 }
 
 LIBRARIES = {
-    "hivemind": ("swarm_protocol/transport/hivemind_net.py", "swarm_protocol/transport/p2p_daemon.py"),
+    "hivemind": (
+        "swarm_protocol/transport/hivemind_net.py",
+        "swarm_protocol/transport/dht_membership.py",
+        "swarm_protocol/transport/p2p_daemon.py",
+    ),
     "flask": ("app/",),
     "flask_sock": ("app/",),
     "gunicorn": ("app/",),

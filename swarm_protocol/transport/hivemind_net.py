@@ -6,7 +6,6 @@ hivemind's `P2P` and `DHTNode` share the caller's event loop, in any thread; not
 
 import asyncio
 import logging
-import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +16,11 @@ from swarm_protocol.errors import ConfigError, PeerUnreachableError, StreamLostE
 from swarm_protocol.identity import load_or_create_identity
 from swarm_protocol.ids import PeerId
 from swarm_protocol.transport.base import Directory, FrameStream, StreamHandler
+from swarm_protocol.transport.dht_membership import join, keep_joined
 from swarm_protocol.transport.directory_rules import check_value, is_storable, usable_values
 from swarm_protocol.transport.framed_socket import SCRATCH_BYTES, FramedSocket, FramedStream
 from swarm_protocol.transport.network_config import NetworkConfig
-from swarm_protocol.transport.p2p_daemon import RETRY_S, Daemon, DaemonFiles, complete, frame_message, start_daemon
+from swarm_protocol.transport.p2p_daemon import Daemon, DaemonFiles, complete, frame_message, start_daemon
 from swarm_protocol.transport.serving import run_handler
 
 with warnings.catch_warnings():
@@ -29,7 +29,7 @@ with warnings.catch_warnings():
     from hivemind.dht.node import DHTNode
     from hivemind.dht.validation import DHTRecord, RecordValidatorBase
     from hivemind.p2p import P2P, PeerID
-    from hivemind.proto import dht_pb2, p2pd_pb2
+    from hivemind.proto import p2pd_pb2
     from hivemind.utils.logging import use_hivemind_log_handler
     from hivemind.utils.multiaddr import Multiaddr
     from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS, get_dht_time
@@ -194,7 +194,8 @@ class HivemindTransport:
         )
         self._directory = HivemindDirectory(self._node)
         if others:
-            await _join(self._node, others)
+            await join(self._node, others)
+            self._spawn(keep_joined(self._node, self._p2p, others), "membership")
         self._spawn(self._watch_daemon(self._daemon), "daemon watcher")
         if config.relay or config.map_ports:
             self._spawn(self._keep_addresses(), "address refresh")
@@ -321,47 +322,6 @@ class _BoundedValues(RecordValidatorBase):  # type: ignore[misc]  # hivemind is 
     def merge_with(self, other: RecordValidatorBase) -> bool:
         """Two of a kind are one."""
         return isinstance(other, _BoundedValues)
-
-
-async def _join(node: DHTNode, peers: Mapping[PeerId, str]) -> None:
-    """Get to know the peers of the directory, starting from `peers`. The caller sets the deadline.
-
-    Done here and not by `DHTNode.create`, which leaves tasks behind and says neither who failed nor why.
-    """
-    while True:
-        answers = await asyncio.gather(*(_ping(node, PeerID.from_base58(peer)) for peer in peers))
-        offsets_s = [offset_s for offset_s in answers if offset_s is not None]
-        if offsets_s:
-            break
-        await asyncio.sleep(RETRY_S)
-    offset_s = statistics.median(offsets_s)
-    if abs(offset_s) > MAX_DHT_TIME_DISCREPANCY_SECONDS:
-        direction = "behind" if offset_s > 0 else "ahead of"
-        raise ConfigError(
-            f"the clock of this machine is off: {abs(offset_s):.1f} s {direction} the swarm's, "
-            f"at most {MAX_DHT_TIME_DISCREPANCY_SECONDS} s are allowed; set it, or let NTP set it"
-        )
-    await node.find_nearest_nodes([node.node_id])
-
-
-async def _ping(node: DHTNode, peer: PeerID) -> float | None:
-    """Enter `peer` into the routing table; return how far its clock is ahead of ours, in s, or None if it is silent."""
-    sent_s = get_dht_time()
-    try:
-        stub = node.protocol.get_stub(peer)
-        request = dht_pb2.PingRequest(peer=node.protocol.node_info, validate=True)
-        answer = await stub.rpc_ping(request, timeout=node.protocol.wait_timeout)
-    except Exception as error:  # hivemind raises whatever happens below it
-        logger.debug("no answer from initial peer: %r peer=%s", error, peer)
-        return None
-    received_s = get_dht_time()
-    if not (node.protocol.client_mode or answer.available):
-        logger.warning("initial peer cannot reach this one back: a firewall or NAT is in the way peer=%s", peer)
-    peer_s = float(answer.dht_time)
-    if await node.protocol.call_ping(peer) is None:
-        return None
-    offset_s: float = min(peer_s - sent_s, 0.0) + max(peer_s - received_s, 0.0)
-    return offset_s
 
 
 async def _shut_down(node: DHTNode) -> None:

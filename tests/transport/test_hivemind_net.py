@@ -22,7 +22,7 @@ from swarm_protocol.identity import create_identity, load_or_create_identity
 from swarm_protocol.ids import PeerId
 from swarm_protocol.messages import PROTOCOL_VERSIONS
 from swarm_protocol.records import NodeRecord, NodeState, seal
-from swarm_protocol.transport import FrameStream, hivemind_net
+from swarm_protocol.transport import FrameStream, dht_membership, hivemind_net
 from swarm_protocol.transport.hivemind_net import HivemindTransport, NetworkConfig, open_transport
 
 pytestmark = [pytest.mark.p2p, pytest.mark.timeout(60)]
@@ -410,3 +410,31 @@ def node_record(owner: PeerId, state: NodeState, now_s: float) -> NodeRecord:
     return NodeRecord(
         owner, "model", "revision", 0, 4, state, 1, now_s, now_s + 30, PROTOCOL_VERSIONS, "umbel", "float32", "n", 0, 0
     )
+
+
+async def test_peers_find_a_first_peer_again_that_was_started_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(dht_membership, "LOOK_S", 0.5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = NetworkConfig(host="127.0.0.1", port=port, identity_path=str(tmp_path / "identity"))
+
+    async def until_seen(by: HivemindTransport, node: HivemindTransport) -> None:
+        while not (await by.directory.lookup(["nodes"]))["nodes"]:
+            await node.directory.store("nodes", "node", b"here", node.now_s() + 30)
+            await asyncio.sleep(0.2)
+
+    first = await open_transport(config)
+    async with opened(joining(first)) as node, opened(joining(first, client_mode=True)) as client:
+        with caplog.at_level(logging.WARNING):
+            await first.close()
+            while "no peer of the swarm answers any more" not in caplog.text:
+                await node.directory.store("nodes", "node", b"here", node.now_s() + 30)  # finds that nobody is there
+                await asyncio.sleep(0.2)
+        async with opened(config) as again, opened(joining(again, client_mode=True)) as newcomer:
+            async with asyncio.timeout(40):
+                await until_seen(newcomer, node)
+                await until_seen(client, node)
+                await until_seen(again, node)
