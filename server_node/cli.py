@@ -16,7 +16,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig, NodeLimits
-from swarm_protocol.errors import SwarmError
+from server_node.settings import Settings
+from swarm_protocol.errors import ConfigError, SwarmError
 from swarm_protocol.spans import Span
 from swarm_protocol.transport.network_config import NetworkConfig
 
@@ -42,7 +43,11 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv`, by default the process's arguments, and return its exit status."""
-    arguments = _parser().parse_args(argv)
+    try:
+        arguments = _settings().parse(argv, os.environ)
+    except ConfigError as error:
+        _complain(str(error))
+        return 2
     logging.basicConfig(
         level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -254,11 +259,13 @@ def _network_config(arguments: argparse.Namespace) -> NetworkConfig:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _settings() -> Settings:
     parser = _Parser(prog="umbel-node", description="Serve blocks of a language model to a swarm.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     run = commands.add_parser("run", help="serve blocks of a model")
-    run.add_argument("model", metavar="MODEL", help="a folder of safetensors, a .gguf file, or a hub repository")
+    run.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a folder of safetensors, a .gguf file, or a hub repository"
+    )
     span = run.add_mutually_exclusive_group()
     span.add_argument("--blocks", type=_span, metavar="0:15", help="serve exactly these blocks, the end excluded")
     span.add_argument(
@@ -294,12 +301,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--name", default="", type=_name, help=f"shown to people, at most {MAX_NAME_CHARS} characters")
     bootstrap = commands.add_parser("bootstrap", help="be a first peer that others join at")
     for command in (run, bootstrap):
+        command.add_argument("--config", metavar="FILE", help="a TOML file with any of these flags; see the docs")
         _add_network_arguments(command)
     drain = commands.add_parser("drain", help="let a node that runs on this machine leave, and wait until it has")
     drain.add_argument("--identity", metavar="FILE", help="that of the node; default: the only node without one")
     for command in (run, bootstrap, drain):
         command.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
-    return parser
+    return Settings(parser, commands.choices)
 
 
 def _add_network_arguments(parser: argparse.ArgumentParser) -> None:

@@ -181,7 +181,7 @@ def config_rows(configs: Sequence[type] = CONFIGS) -> list[Row]:
 
 def built_by_node(*arguments: str) -> dict[type, object]:
     """Return the parts of what `umbel-node run` makes of its arguments."""
-    config = server_node.cli._node_config(server_node.cli._parser().parse_args(["run", "m", *arguments]))
+    config = server_node.cli._node_config(server_node.cli._settings().parse(["run", "m", *arguments], {}))
     return {type(part): part for part in (config, config.model, config.compute, config.network, config.limits)}
 
 
@@ -261,8 +261,11 @@ def test_no_flag_is_missing_and_none_is_invented() -> None:
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) <= known, name
 
 
-def test_variables_of_the_site_are_none_but_those_that_exist() -> None:
+def test_variables_are_none_but_those_that_exist() -> None:
     known = {name for row in config_rows(SITE_CONFIGS) for name in row.set_by}
+    flags = help_of(server_node.cli.main, "run") | help_of(server_node.cli.main, "bootstrap")
+    known |= {f"UMBEL_NODE_{flag.removeprefix('--').replace('-', '_').upper()}" for flag in flags}
+    known |= {"UMBEL_NODE_MODEL", "UMBEL_NODE"}  # `UMBEL_NODE_…`
     for name in PAGES:
         assert set(re.findall(r"UMBEL_[A-Z_]*[A-Z]", page(name))) <= known, name
 
