@@ -1,4 +1,4 @@
-"""`umbel-node run`, `bootstrap` and `drain`: the only place of a node that reads arguments and the environment.
+"""`umbel-node` and its commands: the only place of a node that reads arguments and the environment.
 
 What is asked to be shown goes to stdout, logs and progress to stderr. Exit status: 0 after a signal, 2 if the node
 cannot start as it was asked to, 1 if it broke down later.
@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig, NodeLimits
+from server_node.owner_commands import complain, drain, show_status
 from server_node.settings import Settings
 from swarm_protocol.errors import ConfigError, SwarmError
 from swarm_protocol.spans import Span
@@ -31,7 +32,6 @@ MAX_NAME_CHARS = 40
 _MOST_SECONDS = 86_400.0
 _PROGRESS_PERIOD_S = 5.0
 _EXIT_WAIT_S = 1.0
-_DRAIN_LOOK_S = 0.2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _settings().parse(argv, os.environ)
     except ConfigError as error:
-        _complain(str(error))
+        complain(str(error))
         return 2
     logging.basicConfig(
         level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     lifecycle = _Lifecycle()
     start: Callable[[], Awaitable[None]]
     if arguments.command == "drain":
-        return _drain(arguments.identity)
+        return drain(arguments.identity)
+    if arguments.command == "status":
+        return show_status(arguments.identity, is_json=arguments.json)
     if arguments.command == "run":
         config = _node_config(arguments)
         start = lambda: _run(config, lifecycle)  # noqa: E731
@@ -113,10 +115,10 @@ def _status_of(lifecycle: _Lifecycle, start: Callable[[], Awaitable[None]]) -> i
         problem = _root_cause(error)
         if lifecycle.is_up or not isinstance(problem, SwarmError | OSError):
             logger.error("the node broke down", exc_info=error)
-            _complain(f"{type(problem).__name__}: {problem}")
+            complain(f"{type(problem).__name__}: {problem}")
             return 1
         logger.debug("the node could not start", exc_info=error)
-        _complain(str(problem) or type(problem).__name__)
+        complain(str(problem) or type(problem).__name__)
         return 2
     return 0
 
@@ -126,10 +128,6 @@ def _root_cause(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def _complain(problem: str) -> None:
-    sys.stderr.write(f"umbel-node: error: {' '.join(problem.split())}\n")
 
 
 def _leave_device_thread(status: int) -> None:
@@ -156,32 +154,8 @@ async def _run(config: NodeConfig, lifecycle: _Lifecycle) -> None:
 
     with run_file(config.network.identity_path) as running:
         lifecycle.on_stop = running.leaving
-        await run_node(config, lifecycle.stop, Observer(_progress(config.model.source), on_online, running.leaving))
-
-
-def _drain(identity_path: str | None) -> int:
-    """Let a node of this machine leave, and show how it gets on; return the exit status."""
-    from server_node.run_file import find_node
-
-    try:
-        with find_node(identity_path) as node:
-            node.ask_to_leave()
-            shown = None
-            while not node.has_ended():
-                state = node.state()
-                count = state.num_sessions if state is not None else None
-                if count is not None and count != shown:
-                    shown = count
-                    print(f"{count} session{'' if count == 1 else 's'} still here", flush=True)  # noqa: T201
-                time.sleep(_DRAIN_LOOK_S)
-            print("the node has left", flush=True)  # noqa: T201
-    except SwarmError as error:
-        _complain(str(error))
-        return 2
-    except KeyboardInterrupt:
-        _complain("the node goes on leaving by itself")
-        return 1
-    return 0
+        observer = Observer(_progress(config.model.source), on_online, running.leaving, running.report)
+        await run_node(config, lifecycle.stop, observer)
 
 
 async def _bootstrap(network: NetworkConfig, lifecycle: _Lifecycle) -> None:
@@ -304,8 +278,11 @@ def _settings() -> Settings:
         command.add_argument("--config", metavar="FILE", help="a TOML file with any of these flags; see the docs")
         _add_network_arguments(command)
     drain = commands.add_parser("drain", help="let a node that runs on this machine leave, and wait until it has")
-    drain.add_argument("--identity", metavar="FILE", help="that of the node; default: the only node without one")
-    for command in (run, bootstrap, drain):
+    status = commands.add_parser("status", help="show how a node that runs on this machine is")
+    status.add_argument("--json", action="store_true", help="as an object for programs")
+    for command in (drain, status):
+        command.add_argument("--identity", metavar="FILE", help="that of the node; default: the only node without one")
+    for command in (run, bootstrap, drain, status):
         command.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return Settings(parser, commands.choices)
 

@@ -21,8 +21,10 @@ from server_node.handlers import NodeHandlers
 from server_node.neighbours import NeighbourPings
 from server_node.placement import choose_span, num_blocks_that_fit
 from server_node.probing import Prober, Proof, Prove, is_proven, needs_no_proof
+from server_node.reporting import reporting
 from server_node.sessions import SessionTable
 from server_node.speed import RoutingFacts, SpeedMeter
+from server_node.status import NodeStatus
 from server_node.transfers import Transfers
 from swarm_protocol.errors import ConfigError, InvalidRecordError, PeerUnreachableError, StreamLostError
 from swarm_protocol.identity import Identity, load_or_create_identity, verify
@@ -66,12 +68,14 @@ class Online:
 class Observer:
     """Whom a node tells how it gets on: `on_loading` on the device thread, the others on the loop.
 
-    `on_online` comes once, `on_draining` with the number of sessions that are still here while the node leaves.
+    `on_online` comes once, `on_draining` with the number of sessions that are still here while the node leaves,
+    `on_status` every `REPORT_S` once the blocks are loaded.
     """
 
     on_loading: Progress
     on_online: Callable[[Online], None]
     on_draining: Callable[[int], None] = lambda _: None
+    on_status: Callable[[NodeStatus], None] = lambda _: None
 
 
 async def open_hivemind(config: NetworkConfig) -> Transport:
@@ -114,7 +118,8 @@ async def run_node(
                 outside = partial(_outside_peer, config.network, transport, open_network)
                 initial_peers = [peer_in(address) for address in config.network.initial_peers]
                 proof = Proof(transport, served, model.checkpoint.num_blocks, initial_peers, outside)
-                await node.serve(stop, lambda: observer.on_online(online), observer.on_draining, proof.given)
+                async with reporting(node.admission, node.speed, announcer, online.address, observer.on_status):
+                    await node.serve(stop, lambda: observer.on_online(online), observer.on_draining, proof.given)
     finally:
         worker.close()
 

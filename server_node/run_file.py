@@ -1,4 +1,4 @@
-"""The file by which a running node of this machine is found: its process, and how many sessions it still has.
+"""The file by which a running node of this machine is found: its process, how it is, and whether it leaves.
 
 It lies beside the identity file, or, for a node without one, in a folder of its user's. The node holds a lock on it for
 as long as it lives, so a file that a killed node left behind is told from that of a running one, and a process id in it
@@ -12,10 +12,13 @@ import logging
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from server_node.status import NodeStatus
 from swarm_protocol.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -26,11 +29,16 @@ _MAX_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What a node says of itself; `num_sessions` are still here while it `is_leaving`, None if not known yet."""
+    """What a node says of itself; `num_sessions` are still here while it `is_leaving`, None if not known yet.
+
+    `status` are the fields of a `NodeStatus`, as they were `reported_s` after the epoch; None before it is online.
+    """
 
     pid: int
     is_leaving: bool = False
     num_sessions: int | None = None
+    status: Mapping[str, Any] | None = None
+    reported_s: float = 0.0
 
 
 class RunFile:
@@ -38,19 +46,24 @@ class RunFile:
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
-        self._write(RunState(os.getpid()))
+        self._state = RunState(os.getpid())
+        self._write(self._state)
 
     def leaving(self, num_sessions: int | None = None) -> None:
         """Say that the node leaves, and how many sessions are still here."""
-        self._write(RunState(os.getpid(), True, num_sessions))
+        self._write(replace(self._state, is_leaving=True, num_sessions=num_sessions))
+
+    def report(self, status: NodeStatus) -> None:
+        """Say how the node is."""
+        self._write(replace(self._state, status=status.as_json(), reported_s=time.time()))
 
     def _write(self, state: RunState) -> None:
+        self._state = state
         if self._descriptor is None:
             return
-        text = json.dumps({"pid": state.pid, "is_leaving": state.is_leaving, "num_sessions": state.num_sessions})
         try:
             # Always as long as the longest, so that nobody reads the end of an older text.
-            os.pwrite(self._descriptor, text.ljust(_MAX_BYTES // 8).encode(), 0)
+            os.pwrite(self._descriptor, json.dumps(asdict(state)).ljust(_MAX_BYTES).encode()[:_MAX_BYTES], 0)
         except OSError as error:
             logger.warning("the run file cannot be written: %s", error.strerror)
 
@@ -100,7 +113,10 @@ class RunningNode:
         """Return what the node says; None if that cannot be read now."""
         try:
             values = json.loads(os.pread(self._descriptor, _MAX_BYTES, 0))
-            return RunState(int(values["pid"]), bool(values["is_leaving"]), values["num_sessions"])
+            return RunState(
+                int(values["pid"]), bool(values["is_leaving"]), values["num_sessions"],
+                values["status"], float(values["reported_s"]),
+            )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

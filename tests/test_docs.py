@@ -248,7 +248,8 @@ def help_of(main: Callable[[list[str]], object], *arguments: str) -> set[str]:
 
 def test_no_flag_is_missing_and_none_is_invented() -> None:
     commands = {
-        (server_node.cli.main, "run"), (server_node.cli.main, "bootstrap"), (server_node.cli.main, "drain"),
+        (server_node.cli.main, "run"), (server_node.cli.main, "bootstrap"),
+        (server_node.cli.main, "drain"), (server_node.cli.main, "status"),
         (app.cli.main, "serve"), (app.cli.main, "demo"),
     }  # fmt: skip
     known = set().union(*(help_of(main, command) for main, command in commands))
