@@ -6,7 +6,8 @@ Nothing is loaded here but the configuration and the headers. `parts.py` reads t
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from swarm_protocol.errors import CheckpointError, UnsupportedFamilyError
 from swarm_protocol.model import families, gguf_weights, hub
-from swarm_protocol.model.safetensors_files import StoredTensor, TensorEntry, read_header, read_tensor, samples
+from swarm_protocol.model.hub_shards import HubShards
+from swarm_protocol.model.piece_cache import PieceCache
+from swarm_protocol.model.safetensors_files import LocalShards, Shards, StoredTensor, TensorEntry, read_header, samples
 
 Progress = Callable[[int, int], None]
 """Called with what is done and how much there is in all."""
@@ -33,6 +36,7 @@ Progress = Callable[[int, int], None]
 MAX_MODEL_NAME_CHARS = 128
 """As `ids.is_model_name` says; a record with a longer one is nobody's."""
 
+_LONE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)?")
 
@@ -61,18 +65,28 @@ class Checkpoint(Protocol):
     def weights(self, model: PreTrainedModel) -> Mapping[str, StoredTensor]:
         """Return the tensors by their names in the files or in `model`, a whole model on the meta device."""
 
+    def prepare(self, names: Collection[str]) -> None:
+        """Have these tensors on this machine, by `StoredTensor.names`. Raises CheckpointError if one cannot be had."""
+
     def conversions(self, model: PreTrainedModel) -> list[Any]:
         """Return transformers' renamings and mergers that lead from those names to `model`'s."""
 
 
 def open_checkpoint(
-    source: str, *, revision: str | None = None, cache_dir: str | None = None, progress: Progress | None = None
+    source: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    max_disk_bytes: int | None = None,
+    progress: Progress | None = None,
+    on_download: Progress | None = None,
 ) -> Checkpoint:
     """Return the checkpoint at `source`: a folder, a `*.gguf` file, or a hub repository id.
 
-    `revision` and `cache_dir` are the hub's. `progress` counts the files that were examined; a hub repository's
-    shards are downloaded when a span needs them. Raises CheckpointError if nothing usable is there, and
-    UnsupportedFamilyError if the architecture cannot be served.
+    `revision` and `cache_dir` are the hub's. `progress` counts the files that were examined. Of a hub repository's
+    shards what a span needs is downloaded when it is loaded; `on_download` counts the bytes, and at most
+    `max_disk_bytes` of pieces are kept. Raises CheckpointError if nothing usable is there, and UnsupportedFamilyError
+    if the architecture cannot be served.
     """
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
@@ -85,7 +99,8 @@ def open_checkpoint(
     if not _REPO_ID.fullmatch(source):
         raise CheckpointError(f"no checkpoint at {source!r}: it is no folder, no .gguf file and no hub repository id")
     repository = hub.open_repository(source, revision=revision, cache_dir=cache_dir)
-    return _open_hub(repository, progress)
+    cache = PieceCache(repository.pieces_folder, max_disk_bytes)
+    return _open_hub(repository, HubShards(repository, cache, on_download), progress)
 
 
 def clean_name(text: str) -> str:
@@ -101,14 +116,14 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 @dataclass(frozen=True)
 class SafetensorsCheckpoint:
-    """A folder of sharded or single safetensors; the tensors' files are resolved when one is read."""
+    """Sharded or single safetensors, in a folder or in a hub repository whose small files are in `folder`."""
 
     folder: Path
     name: str
     revision: str
     config: PreTrainedConfig
     file_of: Mapping[str, str]
-    fetch: Callable[[str], Path]
+    shards: Shards
     quant_method: str | None
 
     @property
@@ -120,7 +135,7 @@ class SafetensorsCheckpoint:
         dtype = getattr(self.config, "dtype", None)
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
             return dtype
-        entries = self._entries(next(iter(self.file_of.values()))).values()
+        entries = self.shards.entries(next(iter(self.file_of.values()))).values()
         stored = [entry for entry in entries if entry.dtype.is_floating_point]
         return max(stored, key=lambda entry: entry.size_bytes).dtype if stored else torch.float32
 
@@ -145,36 +160,31 @@ class SafetensorsCheckpoint:
                 tensors[blocks.removesuffix("_blocks")] = _unpacked(tensors.pop(blocks), tensors.pop(scales))
         return tensors
 
+    def prepare(self, names: Collection[str]) -> None:
+        wanted: dict[str, list[TensorEntry]] = defaultdict(list)
+        for name in names:
+            wanted[self.file_of[name]].append(self._entry(name))
+        self.shards.prepare(wanted)
+
     def conversions(self, model: PreTrainedModel) -> list[Any]:
         return list(get_model_conversion_mapping(model))
 
     def _stored(self, name: str) -> StoredTensor:
-        def read() -> torch.Tensor:
-            file_name = self.file_of[name]
-            entry = self._entries(file_name).get(name)
-            if entry is None:
-                raise CheckpointError(f"{file_name} of {self.name} lacks the tensor {name!r} that the index names")
-            return read_tensor(self.fetch(file_name), entry)
+        return StoredTensor(lambda: self.shards.read(self.file_of[name], self._entry(name)), (name,))
 
-        return StoredTensor(read, lambda: self._entries(self.file_of[name]))
-
-    @cached_property
-    def _headers(self) -> dict[str, dict[str, TensorEntry]]:
-        return {}
-
-    def _entries(self, file_name: str) -> dict[str, TensorEntry]:
-        if file_name not in self._headers:
-            self._headers[file_name] = read_header(self.fetch(file_name))
-        return self._headers[file_name]
+    def _entry(self, name: str) -> TensorEntry:
+        file_name = self.file_of[name]
+        entry = self.shards.entries(file_name).get(name)
+        if entry is None:
+            raise CheckpointError(f"{file_name} of {self.name} lacks the tensor {name!r} that the index names")
+        return entry
 
 
 def _unpacked(blocks: StoredTensor, scales: StoredTensor) -> StoredTensor:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     # Packed 4-bit experts (OCP Microscaling) become plain bf16 weights, as transformers does where it lacks kernels.
-    return StoredTensor(
-        lambda: convert_moe_packed_tensors(blocks[...], scales[...]), lambda: (blocks.prepare(), scales.prepare())
-    )
+    return StoredTensor(lambda: convert_moe_packed_tensors(blocks[...], scales[...]), (*blocks.names, *scales.names))
 
 
 def _open_folder(folder: Path, name: str, progress: Progress | None) -> SafetensorsCheckpoint:
@@ -195,16 +205,15 @@ def _open_folder(folder: Path, name: str, progress: Progress | None) -> Safetens
     if index and (lacking := sorted(index.keys() - file_of.keys())):
         raise CheckpointError(f"{name} is incomplete: {len(lacking)} tensors of its index are in no file: {lacking[0]}")
     return SafetensorsCheckpoint(
-        folder, name, digest.hexdigest()[:16], config, file_of, lambda file: folder / file, quant_method
+        folder, name, digest.hexdigest()[:16], config, file_of, LocalShards(folder), quant_method
     )
 
 
-def _open_hub(repository: hub.HubRepository, progress: Progress | None) -> SafetensorsCheckpoint:
+def _open_hub(repository: hub.HubRepository, shards: Shards, progress: Progress | None) -> SafetensorsCheckpoint:
     config, quant_method = read_config(repository.folder, repository.repo_id)
     file_of = _read_index(repository.folder)
     if not file_of:
-        path = repository.fetch("model.safetensors")
-        file_of = dict.fromkeys(read_header(path), path.name)
+        file_of = dict.fromkeys(shards.entries(_LONE_FILE), _LONE_FILE)
     for file_name in set(file_of.values()):
         _inside(repository.folder, file_name)
     digest = _config_digest(repository.folder)
@@ -218,7 +227,7 @@ def _open_hub(repository: hub.HubRepository, progress: Progress | None) -> Safet
         digest.hexdigest()[:16],
         config,
         file_of,
-        repository.fetch,
+        shards,
         quant_method,
     )
 
@@ -274,7 +283,7 @@ def _lone_files(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("*.safetensors"))
     if paths:
         # Some repositories hold the same weights twice, whole and in another layout.
-        whole = [path for path in paths if path.name == "model.safetensors"]
+        whole = [path for path in paths if path.name == _LONE_FILE]
         return whole or paths
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise CheckpointError(f"{folder.name} holds only pickled weights, which are never read: convert to safetensors")

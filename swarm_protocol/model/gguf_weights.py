@@ -9,7 +9,7 @@ import re
 import struct
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,6 +94,9 @@ class GgufCheckpoint:
             if target is not None:
                 pieces[target].append(tensor)
         return {target: StoredTensor(_reading(processor, names, target, parts)) for target, parts in pieces.items()}
+
+    def prepare(self, names: Collection[str]) -> None:
+        """Do nothing: the file is here."""
 
     def conversions(self, model: PreTrainedModel) -> list[Any]:
         return []

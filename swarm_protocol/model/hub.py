@@ -3,6 +3,9 @@
 Only safetensors are ever asked for, no pickles and no code.
 """
 
+import hashlib
+import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +14,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from swarm_protocol.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+
+_MAX_DOWNLOADS = 2
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # What the hub's library raises without a network are OSErrors.
 _HUB_ERRORS = (HfHubHTTPError, HFValidationError, OSError)
@@ -28,18 +36,45 @@ class HubRepository:
 
     def fetch(self, file_name: str) -> Path:
         """Return the path of a file, downloaded if the cache lacks it. Raises CheckpointError if it cannot be had."""
-        cached = self.folder / file_name
-        if cached.is_file():
-            return cached
-        try:
-            path = huggingface_hub.hf_hub_download(
-                self.repo_id, file_name, revision=self.commit, cache_dir=self.cache_dir
-            )
-        except _HUB_ERRORS as error:
-            raise CheckpointError(
-                f"{file_name} of {self.repo_id} is not in the local cache and cannot be downloaded: {error}"
-            ) from error
-        return Path(path)
+        return self.cached(file_name) or self._download(file_name)
+
+    @property
+    def pieces_folder(self) -> Path:
+        """Where pieces of shards are kept that are not there as a whole; repositories share it."""
+        return Path(self.cache_dir or huggingface_hub.constants.HF_HUB_CACHE).expanduser() / "umbel-pieces"
+
+    def cached(self, file_name: str) -> Path | None:
+        """Return the path of a file that is in the hub library's cache as a whole."""
+        path = self.folder / file_name
+        return path if path.is_file() else None
+
+    def _download(self, file_name: str) -> Path:
+        for _ in range(_MAX_DOWNLOADS):
+            try:
+                path = Path(
+                    huggingface_hub.hf_hub_download(
+                        self.repo_id, file_name, revision=self.commit, cache_dir=self.cache_dir
+                    )
+                )
+            except _HUB_ERRORS as error:
+                raise CheckpointError(
+                    f"{file_name} of {self.repo_id} is not in the local cache and cannot be downloaded: {error}"
+                ) from error
+            if _is_sound(path):
+                return path
+            logger.warning("%s of %s came with a wrong SHA-256 and is dropped", file_name, self.repo_id)
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        raise CheckpointError(f"{file_name} of {self.repo_id} comes with a wrong SHA-256 from the hub each time")
+
+
+def _is_sound(path: Path) -> bool:
+    """Return whether a file has the SHA-256 that the hub library names its content by, which it does for big files."""
+    wanted = path.resolve().name
+    if not _SHA256.fullmatch(wanted):
+        return True
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == wanted
 
 
 def open_repository(repo_id: str, *, revision: str | None = None, cache_dir: str | None = None) -> HubRepository:

@@ -60,6 +60,7 @@ def load_span(
     anatomy = find_anatomy(model)
     weights = TensorLoader(checkpoint, model)
     keep_blocks_only(model, anatomy, span)
+    weights.prepare(range(span.start, span.end))
     for done, block in enumerate(range(span.start, span.end)):
         weights.load(model, device, block)
         if on_block:
@@ -97,6 +98,7 @@ def build_client_model(
     first = getattr(decoder, anatomy.blocks)[0]
     slot = BlocksSlot(remote_blocks, first)
     setattr(decoder, anatomy.blocks, nn.ModuleList())
+    weights.prepare([None])
     weights.load(model, device, None)
     weights.finish(model, device, made_outside=anatomy.decoder if model_class else None)
     speed_up(model)  # the head; before the blocks are in, which are not this function's to change

@@ -7,11 +7,11 @@ the process for as long as the mapping lives, next to the converted copies.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,6 +19,8 @@ from swarm_protocol.errors import CheckpointError
 
 # The reference implementation refuses bigger headers, too.
 MAX_HEADER_BYTES = 100_000_000
+
+HEADER_START = 8
 
 DTYPES = {
     "F64": torch.float64,
@@ -40,11 +42,12 @@ DTYPES = {
 class StoredTensor:
     """A tensor that is still on disk; `tensor[...]` reads it, which is what transformers' loader does, too.
 
-    That loader reads from threads of its own. `prepare` does before what must not happen there: it fetches the file.
+    `names` are those that `Checkpoint.prepare` knows it by. That loader reads from threads of its own, where nothing
+    should have to be downloaded any more.
     """
 
     read: Callable[[], torch.Tensor]
-    prepare: Callable[[], object] = lambda: None
+    names: tuple[str, ...] = ()
 
     def __getitem__(self, index: EllipsisType) -> torch.Tensor:
         return self.read()
@@ -64,30 +67,41 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """Return the tensors of a safetensors file by name. Raises CheckpointError if the file is not a sound one."""
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
-            raise CheckpointError(f"{path.name} is not a safetensors file: its header would be {header_bytes} bytes")
-        try:
-            header = json.loads(file.read(header_bytes))
-        except ValueError as error:
-            raise CheckpointError(f"{path.name} is not a safetensors file: its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path.name} is not a safetensors file: its header is not an object")
-    header.pop("__metadata__", None)
-    start = 8 + header_bytes
-    return {name: _entry(path, name, fields, start, file_bytes) for name, fields in header.items()}
+        header = file.read(header_size(path.name, file.read(HEADER_START), file_bytes))
+    return parse_header(path.name, header, file_bytes)
 
 
-def _entry(path: Path, name: str, fields: Any, start: int, file_bytes: int) -> TensorEntry:
+def header_size(file_name: str, start: bytes, file_bytes: int) -> int:
+    """Return the size of the header by a file's first bytes. Raises CheckpointError if it cannot be that size."""
+    header_bytes = int.from_bytes(start, "little")
+    if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - HEADER_START):
+        raise CheckpointError(f"{file_name} is not a safetensors file: its header would be {header_bytes} bytes")
+    return header_bytes
+
+
+def parse_header(file_name: str, header: bytes, file_bytes: int) -> dict[str, TensorEntry]:
+    """Return the tensors by name that a header names. Raises CheckpointError if it is not a sound one."""
+    try:
+        fields = json.loads(header)
+    except ValueError as error:
+        raise CheckpointError(f"{file_name} is not a safetensors file: its header is not JSON") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file_name} is not a safetensors file: its header is not an object")
+    fields.pop("__metadata__", None)
+    start = HEADER_START + len(header)
+    return {name: _entry(file_name, name, entry, start, file_bytes) for name, entry in fields.items()}
+
+
+def _entry(file_name: str, name: str, fields: Any, start: int, file_bytes: int) -> TensorEntry:
     try:
         dtype = DTYPES[fields["dtype"]]
         shape = tuple(int(size) for size in fields["shape"])
         begin, end = (int(offset) for offset in fields["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path.name}: tensor {name!r} has an unreadable header entry") from error
+        raise CheckpointError(f"{file_name}: tensor {name!r} has an unreadable header entry") from error
     size_bytes = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or begin < 0 or end - begin != size_bytes or start + end > file_bytes:
-        raise CheckpointError(f"{path.name}: tensor {name!r} does not lie inside the file, which may be cut short")
+        raise CheckpointError(f"{file_name}: tensor {name!r} does not lie inside the file, which may be cut short")
     return TensorEntry(dtype, shape, start + begin, size_bytes)
 
 
@@ -103,7 +117,43 @@ def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
             if not count:
                 raise CheckpointError(f"{path.name} ended while a tensor was read")
             done += count
+    return tensor_of(data, entry)
+
+
+def tensor_of(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    """Return the tensor that the bytes `data` are."""
     return data.view(entry.dtype).reshape(entry.shape)
+
+
+class Shards(Protocol):
+    """Where a checkpoint's safetensors files are. Any thread may read; one at a time may prepare."""
+
+    def entries(self, file_name: str) -> Mapping[str, TensorEntry]:
+        """Return the tensors of a file by name."""
+
+    def prepare(self, wanted: Mapping[str, Sequence[TensorEntry]]) -> None:
+        """Have the tensors of these files on this machine."""
+
+    def read(self, file_name: str, entry: TensorEntry) -> torch.Tensor: ...
+
+
+class LocalShards:
+    """Files in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._entries: dict[str, dict[str, TensorEntry]] = {}
+
+    def entries(self, file_name: str) -> Mapping[str, TensorEntry]:
+        if file_name not in self._entries:
+            self._entries[file_name] = read_header(self._folder / file_name)
+        return self._entries[file_name]
+
+    def prepare(self, wanted: Mapping[str, Sequence[TensorEntry]]) -> None:
+        """Do nothing: they are here."""
+
+    def read(self, file_name: str, entry: TensorEntry) -> torch.Tensor:
+        return read_tensor(self._folder / file_name, entry)
 
 
 def samples(path: Path, count: int = 16, size_bytes: int = 4096) -> Iterator[bytes]:

@@ -7,7 +7,7 @@ same way here; the difference is that only the tensors of one block are in memor
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -30,12 +30,18 @@ class TensorLoader:
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         """`model` is still whole: its names are what the checkpoint's are translated to."""
         self._name = checkpoint.name
+        self._checkpoint = checkpoint
         self._conversions = checkpoint.conversions(model)
         self._groups: dict[int | None, dict[str, StoredTensor]] = defaultdict(dict)
         for name, tensor in checkpoint.weights(model).items():
             number = _BLOCK_NUMBER.search(name)
             self._groups[int(number[1]) if number else None][name] = tensor
         self._missing: set[str] | None = None
+
+    def prepare(self, blocks: Iterable[int | None]) -> None:
+        """Have the tensors of these blocks, and of the ends for None, on this machine. Raises CheckpointError."""
+        tensors = [tensor for block in blocks for tensor in self._groups[block].values()]
+        self._checkpoint.prepare([name for tensor in tensors for name in tensor.names])
 
     def load(self, model: PreTrainedModel, device: torch.device, block: int | None) -> None:
         """Read the tensors of one block, or of the ends for None, into `model`."""
@@ -46,8 +52,6 @@ class TensorLoader:
             dtype_plan=model._get_dtype_plan(dtype),
             weight_mapping=copy.deepcopy(self._conversions),
         )
-        for tensor in self._groups[block].values():
-            tensor.prepare()
         with _no_progress_bar():
             info, _ = convert_and_load_state_dict_in_model(model, self._groups[block], plan)
         if info.mismatched_keys:
