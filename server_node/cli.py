@@ -8,15 +8,16 @@ import argparse
 import asyncio
 import logging
 import os
+import re
 import signal
 import sys
 import threading
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig, NodeLimits
 from server_node.owner_commands import complain, drain, show_status
+from server_node.progress import show_progress
 from server_node.settings import Settings
 from swarm_protocol.errors import ConfigError, SwarmError
 from swarm_protocol.spans import Span
@@ -24,13 +25,12 @@ from swarm_protocol.transport.network_config import NetworkConfig
 
 if TYPE_CHECKING:
     from server_node.node import Online
-    from swarm_protocol.model.checkpoint import Progress
 
 logger = logging.getLogger(__name__)
 
 MAX_NAME_CHARS = 40
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _MOST_SECONDS = 86_400.0
-_PROGRESS_PERIOD_S = 5.0
 _EXIT_WAIT_S = 1.0
 
 
@@ -152,9 +152,11 @@ async def _run(config: NodeConfig, lifecycle: _Lifecycle) -> None:
             lines.append(f"others join with: umbel-node run {config.model.source} --initial-peers {online.address}")
         lifecycle.up(*lines)
 
+    source = config.model.source
     with run_file(config.network.identity_path) as running:
         lifecycle.on_stop = running.leaving
-        observer = Observer(_progress(config.model.source), on_online, running.leaving, running.report)
+        loading, download = show_progress(f"loading {source}", "block"), show_progress(f"downloading {source}", "B")
+        observer = Observer(loading, on_online, running.leaving, running.report, download)
         await run_node(config, lifecycle.stop, observer)
 
 
@@ -172,38 +174,13 @@ async def _bootstrap(network: NetworkConfig, lifecycle: _Lifecycle) -> None:
         await stopped_or_lost(lifecycle.stop, transport)
 
 
-def _progress(source: str) -> "Progress":
-    """Return what shows how loading gets on: a bar on a terminal, else a line of the log every few seconds."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        bar: tqdm | None = None
-
-        def show(num_done: int, num_all: int) -> None:
-            nonlocal bar
-            bar = bar or tqdm(total=num_all, desc=f"loading {source}", unit="block", file=sys.stderr)
-            bar.update(num_done - bar.n)
-            if num_done == num_all:
-                bar.close()
-
-        return show
-    shown_s = time.monotonic()
-
-    def tell(num_done: int, num_all: int) -> None:
-        nonlocal shown_s
-        if num_done == num_all or time.monotonic() - shown_s >= _PROGRESS_PERIOD_S:
-            shown_s = time.monotonic()
-            logger.info("loading %s: %d of %d blocks", source, num_done, num_all)
-
-    return tell
-
-
 def _node_config(arguments: argparse.Namespace) -> NodeConfig:
     return NodeConfig(
         model=ModelChoice(
             source=arguments.model,
             revision=arguments.revision,
             cache_dir=arguments.cache_dir,
+            max_disk_bytes=arguments.max_disk,
             blocks=arguments.blocks,
             num_blocks=arguments.num_blocks,
         ),
@@ -247,6 +224,10 @@ def _settings() -> Settings:
     )  # fmt: skip
     run.add_argument("--revision", help="the hub repository's branch, tag or commit")
     run.add_argument("--cache-dir", metavar="FOLDER", help="where hub repositories are kept")
+    run.add_argument(
+        "--max-disk", type=_size, metavar="SIZE",
+        help="keep at most so much of downloaded parts of models, such as 50GB; default: no bound",
+    )  # fmt: skip
     run.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …; default: cpu")
     run.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
@@ -329,6 +310,14 @@ def _share(text: str) -> float:
     if not 0.0 < share <= 1.0:
         raise argparse.ArgumentTypeError(f"a share above 0 and up to 1 is needed, not {text!r}")
     return share
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])B?", text.upper())
+    size_bytes = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if not size_bytes:
+        raise argparse.ArgumentTypeError(f"a size above 0 is needed, such as 50GB or 800MB, not {text!r}")
+    return size_bytes
 
 
 def _seconds(text: str) -> float:

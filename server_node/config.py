@@ -11,12 +11,13 @@ class ModelChoice:
     """Which blocks of which model. `blocks` fixes the span; else `num_blocks` are placed where the swarm lacks them.
 
     With neither, as many blocks as fit into memory are taken. `revision` and `cache_dir` are the hub's; None for its
-    defaults.
+    defaults. `max_disk_bytes` bounds what is kept of models of which only parts were downloaded.
     """
 
     source: str
     revision: str | None = None
     cache_dir: str | None = None
+    max_disk_bytes: int | None = None
     blocks: Span | None = None
     num_blocks: int | None = None
 

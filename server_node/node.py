@@ -66,16 +66,17 @@ class Online:
 
 @dataclass(frozen=True, slots=True)
 class Observer:
-    """Whom a node tells how it gets on: `on_loading` on the device thread, the others on the loop.
+    """Whom a node tells how it gets on: `on_loading` and `on_download` on the device thread, the others on the loop.
 
-    `on_online` comes once, `on_draining` with the number of sessions that are still here while the node leaves,
-    `on_status` every `REPORT_S` once the blocks are loaded.
+    `on_loading` counts blocks, `on_download` bytes. `on_online` comes once, `on_draining` with the number of sessions
+    that are still here while the node leaves, `on_status` every `REPORT_S` once the blocks are loaded.
     """
 
     on_loading: Progress
     on_online: Callable[[Online], None]
     on_draining: Callable[[int], None] = lambda _: None
     on_status: Callable[[NodeStatus], None] = lambda _: None
+    on_download: Progress = lambda num_done, num_all: None
 
 
 async def open_hivemind(config: NetworkConfig) -> Transport:
@@ -97,12 +98,11 @@ async def run_node(
     worker = ComputeWorker(num_threads=compute.threads, max_queued=config.limits.max_queued)
     try:
         model = await worker.open_model(
-            choice.source,
-            revision=choice.revision,
-            cache_dir=choice.cache_dir,
+            choice,
             device=compute.device,
             dtype=compute.dtype,
             quantization=compute.quantization,
+            on_download=_until_stopped(observer.on_download, stop),
         )
         num_blocks = num_blocks_to_hold(choice, model)
         async with joined(config.network, open_network) as (transport, identity):
@@ -383,7 +383,7 @@ def _version() -> str:
 
 def _until_stopped(progress: Progress, stop: asyncio.Event) -> Progress:
     def report(num_done: int, num_all: int) -> None:
-        # The device thread cannot be cancelled; between two blocks it can be told that nobody waits any more.
+        # The device thread cannot be cancelled; between two pieces it can be told that nobody waits any more.
         if stop.is_set():
             raise InterruptedError("stopped while loading")
         progress(num_done, num_all)

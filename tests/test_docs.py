@@ -54,7 +54,7 @@ FLAG_SAMPLES = {
     "--name": "n", "--revision": "r", "--cache-dir": "c", "--blocks": "0:2", "--num-blocks": "3", "--device": "cuda",
     "--dtype": "bfloat16", "--threads": "2", "--cache-tokens": "5", "--initial-peers": "/ip4/1.2.3.4", "--host": "::",
     "--port": "99", "--announce": "/ip4/1.2.3.4", "--identity": "key",
-    "--prefix-tokens": "0",
+    "--prefix-tokens": "0", "--max-disk": "50GB",
     "--peer-cache-share": "0.5", "--drain-timeout": "5", "--quantization": "int8",
 }  # fmt: skip
 

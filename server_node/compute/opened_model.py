@@ -8,8 +8,9 @@ from server_node.compute.block_loader import module_bytes
 from server_node.compute.device import free_memory_bytes, usable_device
 from server_node.compute.quantization import quantized_bytes, scheme_of
 from server_node.compute.quantized_weights import Scheme
+from server_node.config import ModelChoice
 from swarm_protocol.model.anatomy import build_empty, find_anatomy
-from swarm_protocol.model.checkpoint import Checkpoint, open_checkpoint
+from swarm_protocol.model.checkpoint import Checkpoint, Progress, open_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,18 @@ class OpenedModel:
 
 
 def open_model(
-    source: str, revision: str | None, cache_dir: str | None, device: str, dtype: str, quantization: str
+    choice: ModelChoice, device: str, dtype: str, quantization: str, on_download: Progress | None = None
 ) -> OpenedModel:
     """Open a checkpoint and measure a block, as `ComputeWorker.open_model` says."""
     target = usable_device(device)
     scheme = scheme_of(quantization, target)
-    checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    checkpoint = open_checkpoint(
+        choice.source,
+        revision=choice.revision,
+        cache_dir=choice.cache_dir,
+        max_disk_bytes=choice.max_disk_bytes,
+        on_download=on_download,
+    )
     chosen = _chosen_dtype(dtype, checkpoint, target, scheme)
     empty = build_empty(checkpoint.config, chosen)
     anatomy = find_anatomy(empty)

@@ -38,6 +38,7 @@ from server_node.compute.work import (
     Work,
 )
 from server_node.compute.work_runner import Job, WorkRunner, is_decode
+from server_node.config import ModelChoice
 from swarm_protocol.errors import ConfigError, LimitExceededError
 from swarm_protocol.model.checkpoint import Progress
 from swarm_protocol.spans import Span
@@ -111,19 +112,18 @@ class ComputeWorker:
 
     async def open_model(
         self,
-        source: str,
+        choice: ModelChoice,
         *,
-        revision: str | None,
-        cache_dir: str | None,
         device: str,
         dtype: str,
         quantization: str = "none",
+        on_download: Progress | None = None,
     ) -> OpenedModel:
-        """Open a checkpoint and measure a block.
+        """Open a checkpoint and measure a block. `on_download` counts bytes on the device thread, also while it loads.
 
         Raises ModelError; ConfigError for an unusable device or dtype, and for a quantization that it cannot do.
         """
-        return await self._submit(open_model, source, revision, cache_dir, device, dtype, quantization)
+        return await self._submit(open_model, choice, device, dtype, quantization, on_download)
 
     async def load(self, model: OpenedModel, span: Span, device: str, progress: Progress | None) -> LoadedSpan:
         """Load the blocks that are to be served. `progress` is called on the device thread. Raises ModelError."""

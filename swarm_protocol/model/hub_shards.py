@@ -98,6 +98,7 @@ class HubShards:
                     self._download.run(self._remote(file_name), request)
             except NoRangesError:
                 self._fetch_whole(file_name)
+        self._download.begin(0)
 
     def read(self, file_name: str, entry: TensorEntry) -> torch.Tensor:
         """Return a tensor, downloaded if it was not prepared or if the disk damaged it. Raises CheckpointError."""

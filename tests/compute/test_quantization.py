@@ -16,6 +16,7 @@ from server_node.compute.block_runner import BlockRunner
 from server_node.compute.opened_model import open_model
 from server_node.compute.packed_linears import pack_linears
 from server_node.compute.quantization import QuantizedLinear, Quantizer, quantized_bytes, scheme_of
+from server_node.config import ModelChoice
 from swarm_protocol.errors import CheckpointError, ConfigError
 from swarm_protocol.model import open_checkpoint
 from swarm_protocol.model.checkpoint import Checkpoint
@@ -283,8 +284,8 @@ def test_sessions_decode_together(large: Path, kind: str, dtype: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_blocks_will_take_is_known_before_they_are_read(large: Path, kind: str, dtype: str) -> None:
-    plain = open_model(str(large), None, None, "cpu", dtype, "none")
-    opened = open_model(str(large), None, None, "cpu", dtype, kind)
+    plain = open_model(ModelChoice(str(large)), "cpu", dtype, "none")
+    opened = open_model(ModelChoice(str(large)), "cpu", dtype, kind)
     runner = load_blocks(opened.checkpoint, SPAN, dtype=opened.dtype, device=CPU, scheme=opened.scheme)
     size_bytes = sum(module_bytes(block) for block in runner.module.blocks)
     assert size_bytes == len(SPAN) * opened.block_bytes
@@ -295,13 +296,13 @@ def test_what_blocks_will_take_is_known_before_they_are_read(large: Path, kind: 
 
 
 def test_numerics_name_what_computes(large: Path) -> None:
-    kernels = [open_model(str(large), None, None, "cpu", "auto", kind).kernels for kind in ("none", *KINDS)]
+    kernels = [open_model(ModelChoice(str(large)), "cpu", "auto", kind).kernels for kind in ("none", *KINDS)]
     assert kernels == ["cpu", "int8-row/cpu", "int4-g32/cpu"]
 
 
 def test_quantized_nodes_run_in_bfloat16_unless_told(large: Path) -> None:
     dtypes = [
-        open_model(str(large), None, None, "cpu", *chosen).dtype
+        open_model(ModelChoice(str(large)), "cpu", *chosen).dtype
         for chosen in (("auto", "none"), ("auto", "int8"), ("auto", "nf4"), ("float32", "nf4"))
     ]
     assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]
