@@ -21,6 +21,7 @@ from swarm_protocol.model.piece_cache import Piece, PieceCache, PieceWriter
 from swarm_protocol.model.range_reads import NoRangesError, RemoteFacts, RemoteFile
 from swarm_protocol.model.safetensors_files import (
     HEADER_START,
+    MAX_HEADER_BYTES,
     TensorEntry,
     header_size,
     parse_header,
@@ -95,7 +96,7 @@ class HubShards:
         for file_name, shard in shards.items():
             try:
                 for request in _requests(piece for piece in missing if piece.file == shard.folder):
-                    self._download.run(self._remote(file_name), request)
+                    self._fetch(file_name, shard.facts, request)
             except NoRangesError:
                 self._fetch_whole(file_name)
         self._download.begin(0)
@@ -108,22 +109,22 @@ class HubShards:
             return read_tensor(path, entry)
         data = torch.empty(entry.size_bytes, dtype=torch.uint8)
         view = memoryview(data.numpy().data)
-        for piece in self._shards[file_name].pieces([entry]):
+        shard = self._shards[file_name]
+        for piece in shard.pieces([entry]):
             begin = piece.start - entry.offset
-            self._read_piece(file_name, piece, view[begin : begin + piece.size_bytes])
+            self._read_piece(file_name, shard.facts, piece, view[begin : begin + piece.size_bytes])
         return tensor_of(data, entry)
 
-    def _read_piece(self, file_name: str, piece: Piece, view: memoryview) -> None:
+    def _read_piece(self, file_name: str, facts: RemoteFacts, piece: Piece, view: memoryview) -> None:
         if self._cache.read_into(piece, view):
             return
-        self._download.run(self._remote(file_name), [piece])
+        self._fetch(file_name, facts, [piece])
         if not self._cache.read_into(piece, view):
             raise CheckpointError(f"the disk does not keep what is written: {self._cache.folder / piece.path}")
 
     def _read_header(self, file_name: str) -> "_Shard":
         """Return a shard by what is noted of it and its header in the cache, or else by what the hub says."""
-        note = f"{self._folder()}/{self._repository.commit}/{file_name}.json"
-        noted = _parse_note(self._cache.noted(note))
+        noted = _parse_note(self._cache.noted(self._note_name(file_name)))
         if noted is None:
             facts = self._remote(file_name).facts()
             start = bytearray()
@@ -133,10 +134,26 @@ class HubShards:
         folder = f"{self._folder()}/{_content_name(facts.etag)}"
         header = Piece(folder, 0, end)
         data = bytearray(end)
-        self._read_piece(file_name, header, memoryview(data))
-        entries = parse_header(file_name, bytes(data[HEADER_START:]), facts.size_bytes)
-        self._cache.note(note, json.dumps({"size": facts.size_bytes, "etag": facts.etag, "header_end": end}))
+        self._read_piece(file_name, facts, header, memoryview(data))
+        try:
+            entries = parse_header(file_name, bytes(data[HEADER_START:]), facts.size_bytes)
+        except CheckpointError:
+            self._cache.drop(header)  # it may have come wrong, and would be so for ever
+            raise
+        note = json.dumps({"size": facts.size_bytes, "etag": facts.etag, "header_end": end})
+        self._cache.note(self._note_name(file_name), note)
         return _Shard(folder, facts, header, entries)
+
+    def _fetch(self, file_name: str, facts: RemoteFacts, pieces: Sequence[Piece]) -> None:
+        remote = self._remote(file_name)
+        found = remote.facts()
+        if found != facts:
+            self._cache.note(self._note_name(file_name), "")
+            raise CheckpointError(
+                f"{file_name} of {self._repository.repo_id} changed on the hub while it was downloaded: {found.etag} "
+                f"of {found.size_bytes} bytes, not {facts.etag} of {facts.size_bytes}"
+            )
+        self._download.run(remote, pieces)
 
     def _fetch_whole(self, file_name: str) -> None:
         if self._cache.max_bytes is not None:
@@ -154,6 +171,9 @@ class HubShards:
                 repository.repo_id, repository.commit, file_name, self._download.sleep
             )
         return self._remotes[file_name]
+
+    def _note_name(self, file_name: str) -> str:
+        return f"{self._folder()}/{self._repository.commit}/{file_name}.json"
 
     def _folder(self) -> str:
         return "models--" + self._repository.repo_id.replace("/", "--")
@@ -257,6 +277,7 @@ def _content_name(etag: str) -> str:
 def _parse_note(text: str | None) -> tuple[RemoteFacts, int] | None:
     try:
         fields = json.loads(text or "")
-        return RemoteFacts(int(fields["size"]), str(fields["etag"])), int(fields["header_end"])
+        noted = RemoteFacts(int(fields["size"]), str(fields["etag"])), int(fields["header_end"])
     except (ValueError, KeyError, TypeError):
         return None
+    return noted if HEADER_START < noted[1] <= HEADER_START + MAX_HEADER_BYTES else None

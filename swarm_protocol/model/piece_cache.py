@@ -12,13 +12,13 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 import time
 import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from swarm_protocol.errors import CheckpointError
 
@@ -97,17 +97,17 @@ class PieceCache:
         is not enough room.
         """
         new = frozenset(pieces)
+        if not new:
+            return []  # a folder that cannot be written to is none of its business
         with self._locked():
             mine = [claim for claim in self._claims if not claim <= new]
             others = self._claimed_by_others()
             while mine and not self._may_hold(others.union(new, *mine)):
                 mine.pop(0)
-            missing = sorted(piece for piece in new if not self._is_there(piece))
+            missing = sorted(piece for piece in new if not self._touch(piece))
             self._make_room(new, missing, others.union(new, *mine))
             self._claims = [*mine, new]
             self._write_claim()
-            for piece in new.difference(missing):
-                os.utime(self.folder / piece.path)
         return missing
 
     def read_into(self, piece: Piece, view: memoryview) -> bool:
@@ -122,15 +122,18 @@ class PieceCache:
         if is_whole and trailer == hashlib.sha256(view).digest():
             return True
         logger.warning("a piece in the disk cache is damaged and dropped: %s", path)
-        path.unlink(missing_ok=True)
+        self.drop(piece)
         return False
+
+    def drop(self, piece: Piece) -> None:
+        """Delete a piece whose content is wrong."""
+        (self.folder / piece.path).unlink(missing_ok=True)
 
     @contextmanager
     def writing(self, piece: Piece) -> Iterator[PieceWriter]:
         """Give a writer of `piece`, which is in the cache at the end if it was written whole and nothing was raised."""
         path = self.folder / piece.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(suffix=_PART_SUFFIX, dir=path.parent)
+        descriptor, part = _create(path.parent, _PART_SUFFIX)
         try:
             writer = PieceWriter(piece, descriptor)
             yield writer
@@ -140,13 +143,12 @@ class PieceCache:
                 os.replace(part, path)
         finally:
             os.close(descriptor)
-            Path(part).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
 
     def note(self, name: str, text: str) -> None:
         """Keep a short text under a name, of letters, digits, `-_.` and `/`. Texts are never deleted."""
         path = self.folder / "notes" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(suffix=_PART_SUFFIX, dir=path.parent)
+        descriptor, part = _create(path.parent, _PART_SUFFIX)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(part, path)
@@ -158,9 +160,12 @@ class PieceCache:
         except (FileNotFoundError, UnicodeDecodeError):
             return None
 
-    def _is_there(self, piece: Piece) -> bool:
+    def _touch(self, piece: Piece) -> bool:
+        """Return whether it is there; if so, it is the most recently needed one."""
+        path = self.folder / piece.path
         try:
-            return (self.folder / piece.path).stat().st_size == piece.disk_bytes
+            os.utime(path)
+            return path.stat().st_size == piece.disk_bytes
         except FileNotFoundError:
             return False
 
@@ -244,18 +249,23 @@ class PieceCache:
 
     def _write_claim(self) -> None:
         if self._claim is None:
-            folder = self.folder / "claims"
-            folder.mkdir(exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=folder)
+            descriptor, path = _create(self.folder / "claims")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             # The descriptor is the lock: it lives as long as this object.
             weakref.finalize(self, os.close, descriptor)
-            self._claim = Path(name), descriptor
+            self._claim = path, descriptor
         descriptor = self._claim[1]
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
         text = "".join(f"{piece.path}\n" for piece in sorted(frozenset[Piece]().union(*self._claims)))
         _write_all(descriptor, memoryview(text.encode()))
+
+
+def _create(folder: Path, suffix: str = "") -> tuple[int, Path]:
+    """Open a new file for writing; who may read it is as for any other file of this user."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{uuid4().hex}{suffix}"
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), path
 
 
 def _parse_claim(text: str) -> Iterator[Piece]:

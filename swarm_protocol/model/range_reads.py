@@ -29,6 +29,9 @@ MAX_TRIES = 8
 """Of one request: with the pauses between them a minute, in which a router starts anew."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+_LONGEST_ASKED_PAUSE_S = 300.0
+"""The hub counts requests in windows of 5 minutes."""
+
 _TIMEOUT_S = 30.0
 """Without a byte, or a connection."""
 
@@ -41,7 +44,11 @@ class NoRangesError(CheckpointError):
 
 
 class _BrokenAnswerError(Exception):
-    """What may be right when it is asked for once more."""
+    """What may be right when it is asked for once more, and when the hub wants that at the earliest."""
+
+    def __init__(self, problem: str, asked_pause_s: float = 0.0) -> None:
+        super().__init__(problem)
+        self.asked_pause_s = asked_pause_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +94,20 @@ class RemoteFile:
 
     def _with_tries(self, request: Callable[[], T]) -> T:
         problem: Exception | None = None
+        asked_s = 0.0
         for attempt in range(MAX_TRIES):
             if problem is not None:
-                pause_s = min(_FIRST_PAUSE_S * 2 ** (attempt - 1), _LONGEST_PAUSE_S)
+                pause_s = max(min(_FIRST_PAUSE_S * 2 ** (attempt - 1), _LONGEST_PAUSE_S), asked_s)
                 logger.warning("download of %s broke, next try in %.1f s: %s", self._name, pause_s, problem)
                 self._sleep(pause_s)
             try:
                 return request()
             except (httpx2.TransportError, _BrokenAnswerError) as error:
                 problem = error
+                asked_s = error.asked_pause_s if isinstance(error, _BrokenAnswerError) else 0.0
             except HfHubHTTPError as error:
                 problem = error
+                asked_s = _asked_pause_s(error.response)
                 if error.response.status_code not in _TRY_AGAIN_STATUS:
                     break
             except (HFValidationError, ConnectionError) as error:  # such as that of the hub's offline mode
@@ -136,7 +146,7 @@ class RemoteFile:
         """Look at an answer before any byte of it is read."""
         status = response.status_code
         if status in _TRY_AGAIN_STATUS:
-            raise _BrokenAnswerError(f"the hub answered with status {status}")
+            raise _BrokenAnswerError(f"the hub answered with status {status}", _asked_pause_s(response))
         if status == 200 and (start, end) != (0, facts.size_bytes):
             raise NoRangesError(f"{self._name} can only be downloaded as a whole: its server ignores ranges")
         if status not in (200, 206):
@@ -173,6 +183,12 @@ class RemoteFile:
 
     def _changed(self, before: str, after: str) -> CheckpointError:
         return CheckpointError(f"{self._name} changed on the hub while it was downloaded: {after[:64]}, not {before}")
+
+
+def _asked_pause_s(response: Any) -> float:
+    """Return what a hub that has too much to do asks to wait, within reason."""
+    text = response.headers.get("retry-after", "")
+    return min(float(text), _LONGEST_ASKED_PAUSE_S) if text.isdecimal() else 0.0
 
 
 def _bare(etag: str) -> str:

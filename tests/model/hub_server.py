@@ -98,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
         if fault.isdecimal():
-            self.send(int(fault), b"")
+            self.send(int(fault), b"", {"Retry-After": "7"} if fault == "429" else None)
         elif asked is None or fault == "no ranges":
             self.send(200, bytes(len(content)) if fault == "zeros" else content, headers)
         else:
