@@ -110,8 +110,8 @@ class RemoteFile:
                 asked_s = _asked_pause_s(error.response)
                 if error.response.status_code not in _TRY_AGAIN_STATUS:
                     break
-            except (HFValidationError, ConnectionError) as error:  # such as that of the hub's offline mode
-                problem = error
+            except (httpx2.RequestError, HFValidationError, ConnectionError) as error:
+                problem = error  # such as that of the hub's offline mode
                 break
         raise CheckpointError(
             f"{self._name} is not in the local cache and cannot be downloaded: {_said(problem)}"
@@ -126,6 +126,8 @@ class RemoteFile:
         return RemoteFacts(told.size, told.etag)
 
     def _request(self, facts: RemoteFacts, start: int, end: int, sink: Sink) -> None:
+        if start == end:
+            return  # nothing is no range; and a connection may break after the last byte
         headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         # Redirects are followed each time, as links to storage expire; the client drops the token on the way.
         with get_session().stream(

@@ -229,6 +229,18 @@ def test_a_repository_without_access_says_what_the_hub_says(server: Hub, cache: 
         opened(cache)
 
 
+def test_redirects_in_a_circle_are_an_error(server: Hub, cache: Path, pauses: list[float]) -> None:
+    server.has_loop = True
+    with pytest.raises(CheckpointError, match="redirects"):
+        opened(cache)
+    assert not pauses
+
+
+def test_no_bytes_are_not_asked_for(server: Hub) -> None:
+    range_reads.RemoteFile(REPO, COMMIT, "model.safetensors").read(5, 5, bytearray().extend)
+    assert [request.method for request in server.requests] == ["HEAD"]
+
+
 def test_a_server_that_ignores_ranges_is_asked_for_the_whole_file(
     server: Hub, cache: Path, folder: Path, pauses: list[float]
 ) -> None:
