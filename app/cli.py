@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(run_demo(arguments[1:]) or 0)
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+    # Its lines show links to a hub's storage, which open it for whoever has them.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         config = serve_config(options, environment_config())
     except ConfigError as error:

@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    # Its lines show links to a hub's storage, which open it for whoever has them.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     # Before torch is loaded, which reads it then: threads that wait for work must sleep, not spin. Two spinning ones
     # per node on two shared cores cost 40 to 60 % of the throughput when several nodes run on one machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -280,7 +280,7 @@ def _disk_bytes(pieces: Collection[Piece]) -> int:
 
 
 def _gb(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB"
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
