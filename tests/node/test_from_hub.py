@@ -68,7 +68,7 @@ def test_it_downloads_what_its_span_needs_and_tells_how_that_gets_on(
     ("text", "size_bytes"), [("50GB", 50 * 10**9), ("1.5g", 1_500_000_000), ("800 MB", 8 * 10**8), ("2T", 2 * 10**12)]
 )
 def test_a_bound_of_the_disk_is_a_size(text: str, size_bytes: int) -> None:
-    arguments = cli._parser().parse_args(["run", "m", "--max-disk", text])
+    arguments = cli._settings().parse(["run", "m", "--max-disk", text], {})
     assert cli._node_config(arguments).model.max_disk_bytes == size_bytes
 
 
