@@ -118,6 +118,11 @@ class Admission:
         return self._sessions.total()
 
     @property
+    def num_peers(self) -> int:
+        """Peers that have a stream open here."""
+        return len(self._streams)
+
+    @property
     def num_streams(self) -> int:
         return self._streams.total()
 

@@ -37,11 +37,6 @@ class Announcer:
         self._num_failures = 0
 
     @property
-    def record(self) -> NodeRecord:
-        """What was published last, but for its times and what changes with the load."""
-        return self._record
-
-    @property
     def state(self) -> NodeState:
         return self._record.state
 

@@ -16,9 +16,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig, NodeLimits
+from server_node.live_line import Screen, keep_shown, start_logging
 from server_node.owner_commands import complain, drain, show_status
 from server_node.progress import show_progress
 from server_node.settings import Settings
+from server_node.status_socket import status_socket
 from swarm_protocol.errors import ConfigError, SwarmError
 from swarm_protocol.spans import Span
 from swarm_protocol.transport.network_config import NetworkConfig
@@ -48,9 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         complain(str(error))
         return 2
-    logging.basicConfig(
-        level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    screen = start_logging(arguments.log_level.upper())
     # Its lines show links to a hub's storage, which open it for whoever has them.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     # Before torch is loaded, which reads it then: threads that wait for work must sleep, not spin. Two spinning ones
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return show_status(arguments.identity, is_json=arguments.json)
     if arguments.command == "run":
         config = _node_config(arguments)
-        start = lambda: _run(config, lifecycle)  # noqa: E731
+        start = lambda: _run(config, lifecycle, screen, arguments.metrics_port)  # noqa: E731
     else:
         network = _network_config(arguments)
         start = lambda: _bootstrap(network, lifecycle)  # noqa: E731
@@ -143,23 +143,38 @@ def _leave_device_thread(status: int) -> None:
                 os._exit(status)
 
 
-async def _run(config: NodeConfig, lifecycle: _Lifecycle) -> None:
+async def _run(config: NodeConfig, lifecycle: _Lifecycle, screen: Screen, metrics_port: int) -> None:
     # Not at the top: it loads torch, which takes seconds and must not happen before the environment is set.
+    from server_node.metrics import metrics_page
     from server_node.node import Observer, run_node
     from server_node.run_file import run_file
+    from server_node.status_board import StatusBoard
+
+    source = config.model.source
+    board, loading = StatusBoard(source), show_progress(f"loading {source}", "block")
+
+    def on_loading(num_done: int, num_all: int) -> None:
+        board.loading(num_done, num_all)
+        loading(num_done, num_all)
 
     def on_online(online: "Online") -> None:
+        board.online()
         lines = [f"online: {online.model} blocks {online.span} {online.address}"]
         if not config.network.initial_peers:
             lines.append(f"others join with: umbel-node run {config.model.source} --initial-peers {online.address}")
+        screen.show("")
         lifecycle.up(*lines)
 
-    source = config.model.source
     with run_file(config.network.identity_path) as running:
         lifecycle.on_stop = running.leaving
-        loading, download = show_progress(f"loading {source}", "block"), show_progress(f"downloading {source}", "B")
-        observer = Observer(loading, on_online, running.leaving, running.report, download)
-        await run_node(config, lifecycle.stop, observer)
+        download = show_progress(f"downloading {source}", "B")
+        observer = Observer(on_loading, on_online, running.leaving, board.loaded, download)
+        async with status_socket(running.socket_path, board.status), metrics_page(metrics_port, board.status):
+            showing = asyncio.create_task(keep_shown(screen, board.status), name="live line")
+            try:
+                await run_node(config, lifecycle.stop, observer)
+            finally:
+                showing.cancel()
 
 
 async def _bootstrap(network: NetworkConfig, lifecycle: _Lifecycle) -> None:
@@ -195,7 +210,12 @@ def _node_config(arguments: argparse.Namespace) -> NodeConfig:
             prefix_tokens=arguments.prefix_tokens,
         ),
         network=_network_config(arguments),
-        limits=NodeLimits(max_cache_share_per_peer=arguments.peer_cache_share, drain_s=arguments.drain_timeout),
+        limits=NodeLimits(
+            max_sessions=arguments.max_sessions,
+            max_sessions_per_peer=arguments.peer_sessions,
+            max_cache_share_per_peer=arguments.peer_cache_share,
+            drain_s=arguments.drain_timeout,
+        ),
         name=arguments.name,
     )
 
@@ -248,6 +268,18 @@ def _settings() -> Settings:
         help="tokens of prompts to keep for later sessions; default: an eighth of the cache, 0 keeps none",
     )  # fmt: skip
     run.add_argument(
+        "--max-sessions", type=_positive, default=NodeLimits().max_sessions, metavar="N",
+        help="sessions that may be open at once; default: %(default)s",
+    )  # fmt: skip
+    run.add_argument(
+        "--peer-sessions", type=_positive, default=NodeLimits().max_sessions_per_peer, metavar="N",
+        help="how many of them one peer may have; default: %(default)s",
+    )  # fmt: skip
+    run.add_argument(
+        "--metrics-port", type=_port, default=0, metavar="N",
+        help="port of this machine alone at which Prometheus finds metrics; default: 0, none",
+    )  # fmt: skip
+    run.add_argument(
         "--peer-cache-share", type=_share, default=NodeLimits().max_cache_share_per_peer, metavar="X",
         help="how much of the cache one peer may take; default: %(default)s, 1 in a swarm of one's own",
     )  # fmt: skip
@@ -261,10 +293,10 @@ def _settings() -> Settings:
         command.add_argument("--config", metavar="FILE", help="a TOML file with any of these flags; see the docs")
         _add_network_arguments(command)
     drain = commands.add_parser("drain", help="let a node that runs on this machine leave, and wait until it has")
-    status = commands.add_parser("status", help="show how a node that runs on this machine is")
-    status.add_argument("--json", action="store_true", help="as an object for programs")
+    status = commands.add_parser("status", help="show what a node that runs on this machine does now")
     for command in (drain, status):
         command.add_argument("--identity", metavar="FILE", help="that of the node; default: the only node without one")
+    status.add_argument("--json", action="store_true", help="for programs: one line of JSON")
     for command in (run, bootstrap, drain, status):
         command.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return Settings(parser, commands.choices)

@@ -89,6 +89,7 @@ class NodeHandlers:
         self._worker = worker
         self._links: set[Link] = set()
         self._something_ended = asyncio.Event()
+        self._speed = speed
         self._steps = StepRunner(admission, sessions, worker, group, speed, self._something_ended.set)
 
     async def serve_session(self, stream: FrameStream) -> None:
@@ -198,6 +199,7 @@ class NodeHandlers:
                 raise
             except SwarmError as error:
                 logger.info("session refused: %s: %s peer=%s", error.code, error, short_peer(link.peer_id))
+                self._speed.served.failed(error.code)
                 link.post(error_reply(error))
                 continue
             if not isinstance(message, Ping):

@@ -21,10 +21,8 @@ from server_node.handlers import NodeHandlers
 from server_node.neighbours import NeighbourPings
 from server_node.placement import choose_span, num_blocks_that_fit
 from server_node.probing import Prober, Proof, Prove, is_proven, needs_no_proof
-from server_node.reporting import reporting
 from server_node.sessions import SessionTable
 from server_node.speed import RoutingFacts, SpeedMeter
-from server_node.status import NodeStatus
 from server_node.transfers import Transfers
 from swarm_protocol.errors import ConfigError, InvalidRecordError, PeerUnreachableError, StreamLostError
 from swarm_protocol.identity import Identity, load_or_create_identity, verify
@@ -68,14 +66,14 @@ class Online:
 class Observer:
     """Whom a node tells how it gets on: `on_loading` and `on_download` on the device thread, the others on the loop.
 
-    `on_loading` counts blocks, `on_download` bytes. `on_online` comes once, `on_draining` with the number of sessions
-    that are still here while the node leaves, `on_status` every `REPORT_S` once the blocks are loaded.
+    `on_loading` counts blocks, `on_download` bytes. `on_loaded` comes once, before others try the node out, then
+    `on_online` once, and `on_draining` with the number of sessions that are still here while the node leaves.
     """
 
     on_loading: Progress
     on_online: Callable[[Online], None]
     on_draining: Callable[[int], None] = lambda _: None
-    on_status: Callable[[NodeStatus], None] = lambda _: None
+    on_loaded: Callable[[Transport, "Node"], None] = lambda *_: None
     on_download: Progress = lambda num_done, num_all: None
 
 
@@ -114,12 +112,12 @@ async def run_node(
                 served = await _load(config, worker, model, span, _until_stopped(observer.on_loading, stop))
                 online = Online(served.model, span, best_address(transport.addresses))
                 node = Node(transport, announcer, worker, served, config.limits)
+                observer.on_loaded(transport, node)
                 await measure_speed(worker, served, node.speed)
                 outside = partial(_outside_peer, config.network, transport, open_network)
                 initial_peers = [peer_in(address) for address in config.network.initial_peers]
                 proof = Proof(transport, served, model.checkpoint.num_blocks, initial_peers, outside)
-                async with reporting(node.admission, node.speed, announcer, online.address, observer.on_status):
-                    await node.serve(stop, lambda: observer.on_online(online), observer.on_draining, proof.given)
+                await node.serve(stop, lambda: observer.on_online(online), observer.on_draining, proof.given)
     finally:
         worker.close()
 
@@ -360,7 +358,7 @@ def _record(transport: Transport, model: OpenedModel, span: Span, name: str) -> 
         published_s=now_s,
         expires_at_s=now_s,
         versions=PROTOCOL_VERSIONS,
-        software=f"umbel {_version()}",
+        software=software(),
         dtype=dtype,
         numerics=_numerics(model),
         free_tokens=0,
@@ -374,11 +372,12 @@ def _held_as(model: OpenedModel) -> str:
     return dtype if model.scheme is None else f"{model.scheme.label} and {dtype}"
 
 
-def _version() -> str:
+def software() -> str:
+    """Return the program and its version, as records name it."""
     try:
-        return importlib.metadata.version("umbel")
+        return f"umbel {importlib.metadata.version('umbel')}"
     except importlib.metadata.PackageNotFoundError:
-        return "from source"
+        return "umbel from source"
 
 
 def _until_stopped(progress: Progress, stop: asyncio.Event) -> Progress:

@@ -1,37 +1,20 @@
-"""What the owner of a running node can ask from another terminal: how it is, and to leave."""
+"""`umbel-node drain` and `status`: what is done to a node that runs on this machine, from another process."""
 
 import json
 import sys
 import time
 
 from server_node.run_file import find_node
-from server_node.status import lines
+from server_node.status import status_table
+from server_node.status_socket import read_status
 from swarm_protocol.errors import SwarmError
 
 _DRAIN_LOOK_S = 0.2
 
 
 def complain(problem: str) -> None:
-    """Say in one line of stderr what is wrong."""
+    """Write the one line that says why a command did not do what it was asked for."""
     sys.stderr.write(f"umbel-node: error: {' '.join(problem.split())}\n")
-
-
-def show_status(identity_path: str | None, *, is_json: bool) -> int:
-    """Show how a node of this machine is; return the exit status: 0 if it is online, 1 if not, 2 if there is none."""
-    try:
-        with find_node(identity_path) as node:
-            state = node.state()
-    except SwarmError as error:
-        complain(str(error))
-        return 2
-    status = state.status if state is not None else None
-    if is_json:
-        print(json.dumps(status))  # noqa: T201
-    elif state is None or status is None:
-        print("state  loading, or joining the swarm")  # noqa: T201
-    else:
-        print("\n".join(lines(status, max(0.0, time.time() - state.reported_s))))  # noqa: T201
-    return 0 if status is not None and status["state"] == "online" else 1
 
 
 def drain(identity_path: str | None) -> int:
@@ -55,3 +38,21 @@ def drain(identity_path: str | None) -> int:
         complain("the node goes on leaving by itself")
         return 1
     return 0
+
+
+def show_status(identity_path: str | None, *, is_json: bool) -> int:
+    """Show what a node of this machine does now.
+
+    Returns 0 if it is online, 1 if it is not yet or leaves, 2 if there is none or it does not answer.
+    """
+    try:
+        with find_node(identity_path) as node:
+            status = read_status(node.socket_path)
+    except SwarmError as error:
+        complain(str(error))
+        return 2
+    if status is None:
+        complain("the node has just started, or leaves, and does not answer: try again")
+        return 1
+    print(json.dumps(status.as_json()) if is_json else status_table(status), flush=True)  # noqa: T201
+    return status.exit_status

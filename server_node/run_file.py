@@ -1,4 +1,4 @@
-"""The file by which a running node of this machine is found: its process, how it is, and whether it leaves.
+"""The file by which a running node of this machine is found: its process, and how many sessions it still has.
 
 It lies beside the identity file, or, for a node without one, in a folder of its user's. The node holds a lock on it for
 as long as it lives, so a file that a killed node left behind is told from that of a running one, and a process id in it
@@ -12,58 +12,47 @@ import logging
 import os
 import signal
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from server_node.status import NodeStatus
 from swarm_protocol.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".run"
+_SOCKET_SUFFIX = ".sock"
 _MAX_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What a node says of itself; `num_sessions` are still here while it `is_leaving`, None if not known yet.
-
-    `status` are the fields of a `NodeStatus`, as they were `reported_s` after the epoch; None before it is online.
-    """
+    """What a node says of itself; `num_sessions` are still here while it `is_leaving`, None if not known yet."""
 
     pid: int
     is_leaving: bool = False
     num_sessions: int | None = None
-    status: Mapping[str, Any] | None = None
-    reported_s: float = 0.0
 
 
 class RunFile:
-    """The node's own hand on its file; `descriptor` None where none can be written."""
+    """The node's own hand on its file; `descriptor` None where none can be written, and `socket_path` then, too."""
 
-    def __init__(self, descriptor: int | None) -> None:
+    def __init__(self, descriptor: int | None, socket_path: Path | None = None) -> None:
         self._descriptor = descriptor
-        self._state = RunState(os.getpid())
-        self._write(self._state)
+        self.socket_path = socket_path
+        self._write(RunState(os.getpid()))
 
     def leaving(self, num_sessions: int | None = None) -> None:
         """Say that the node leaves, and how many sessions are still here."""
-        self._write(replace(self._state, is_leaving=True, num_sessions=num_sessions))
-
-    def report(self, status: NodeStatus) -> None:
-        """Say how the node is."""
-        self._write(replace(self._state, status=status.as_json(), reported_s=time.time()))
+        self._write(RunState(os.getpid(), True, num_sessions))
 
     def _write(self, state: RunState) -> None:
-        self._state = state
         if self._descriptor is None:
             return
+        text = json.dumps({"pid": state.pid, "is_leaving": state.is_leaving, "num_sessions": state.num_sessions})
         try:
             # Always as long as the longest, so that nobody reads the end of an older text.
-            os.pwrite(self._descriptor, json.dumps(asdict(state)).ljust(_MAX_BYTES).encode()[:_MAX_BYTES], 0)
+            os.pwrite(self._descriptor, text.ljust(_MAX_BYTES // 8).encode(), 0)
         except OSError as error:
             logger.warning("the run file cannot be written: %s", error.strerror)
 
@@ -83,7 +72,7 @@ def run_file(identity_path: str | None) -> Iterator[RunFile]:
     try:
         if not _lock(descriptor, fcntl.LOCK_EX):
             raise ConfigError(f"a node runs with the identity file {identity_path} already: name another one")
-        yield RunFile(descriptor)
+        yield RunFile(descriptor, path.with_suffix(_SOCKET_SUFFIX))
     finally:
         if identity_path is None:  # another node may be waiting at the one beside an identity
             path.unlink(missing_ok=True)
@@ -93,8 +82,9 @@ def run_file(identity_path: str | None) -> Iterator[RunFile]:
 class RunningNode:
     """A node of this machine, as another process sees it; a context manager."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, socket_path: Path) -> None:
         self._descriptor = descriptor
+        self.socket_path = socket_path
 
     def __enter__(self) -> "RunningNode":
         return self
@@ -113,10 +103,7 @@ class RunningNode:
         """Return what the node says; None if that cannot be read now."""
         try:
             values = json.loads(os.pread(self._descriptor, _MAX_BYTES, 0))
-            return RunState(
-                int(values["pid"]), bool(values["is_leaving"]), values["num_sessions"],
-                values["status"], float(values["reported_s"]),
-            )  # fmt: skip
+            return RunState(int(values["pid"]), bool(values["is_leaving"]), values["num_sessions"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -158,7 +145,7 @@ def find_node(identity_path: str | None) -> RunningNode:
 
 def _opened(path: Path) -> RunningNode | None:
     try:
-        node = RunningNode(os.open(path, os.O_RDONLY | os.O_NOFOLLOW))
+        node = RunningNode(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), path.with_suffix(_SOCKET_SUFFIX))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from server_node.compute.work import Computed
+from server_node.status import ServedWork
 from swarm_protocol.records import Pings
 
 MAX_SECONDS = 60.0
@@ -36,12 +37,11 @@ class SpeedMeter:
     """Collects the times of steps. Belongs to the event loop."""
 
     def __init__(self) -> None:
+        self.served = ServedWork()
         self._block_step_s: float | None = None
         self._block_token_s: float | None = None
         self._queue_s = 0.0
         self._waited_s = 0.0
-        self.num_tokens = 0
-        """Rows times columns of all steps until now."""
 
     def ran(self, output: Computed, num_blocks: int, now_s: float) -> None:
         """Count a session's step through `num_blocks` blocks that has just been computed.
@@ -49,7 +49,6 @@ class SpeedMeter:
         A step that shared its forwards with others took what that took: it is what a step costs here now.
         """
         tokens = output.hidden_states.shape[0] * output.hidden_states.shape[1]
-        self.num_tokens += tokens
         if 0 < tokens <= _FEW_TOKENS:
             self._block_step_s = _smoothed(self._block_step_s, output.compute_s / num_blocks)
             # A prefill waits for others in between its chunks; decode steps are what queues are felt by.

@@ -96,6 +96,8 @@ class StepRunner:
                 self._admission.queue(session.plan.peer_id)
         except SwarmError as error:
             problem = error
+        if problem is not None:
+            self._speed.served.failed(problem.code)
         if problem is None:
             self._start(session, self._run(session, step))
         elif session.num_running:  # those before it are answered first
@@ -142,6 +144,8 @@ class StepRunner:
             except Exception as error:
                 reply = error_reply(internal_error(error, f"bug in a step {session}"), step.step_id)
                 is_broken = step.row_order is not None
+            if isinstance(reply, ErrorReply):
+                self._speed.served.failed(reply.code)
             async with session.sending:
                 sent = await self._sent_on(session, step, reply)
                 if not session.is_closed:
@@ -171,6 +175,8 @@ class StepRunner:
         if math.prod(output.hidden_states.shape):
             self._admission.rates.computed(plan.peer_id, _now_s())
         self._speed.ran(output, len(plan.blocks), _now_s())
+        num_rows, num_tokens, _ = output.hidden_states.shape
+        self._speed.served.computed(num_rows * num_tokens, output.queue_s, _now_s())
         if not session.is_closed:
             session.record(step, output.hidden_states)
         logger.debug("step %d of %s in %.4f s %s", step.step_id, output.hidden_states, output.compute_s, session)

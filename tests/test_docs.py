@@ -26,6 +26,8 @@ from app.limits import CloseCode
 from app.native_generation import offered_defaults, offered_limits
 from app.request_models import OneShot
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig, NodeLimits
+from server_node.metrics import metrics_text
+from server_node.status import NodeStatus
 from swarm_client.config import ClientConfig
 from swarm_client.events import Prefilled, Recovered, RouteChanged, RoutePart, RouteReason, Waiting
 from swarm_client.time_log import TimeLog
@@ -54,7 +56,7 @@ FLAG_SAMPLES = {
     "--name": "n", "--revision": "r", "--cache-dir": "c", "--blocks": "0:2", "--num-blocks": "3", "--device": "cuda",
     "--dtype": "bfloat16", "--threads": "2", "--cache-tokens": "5", "--initial-peers": "/ip4/1.2.3.4", "--host": "::",
     "--port": "99", "--announce": "/ip4/1.2.3.4", "--identity": "key",
-    "--prefix-tokens": "0", "--max-disk": "50GB",
+    "--prefix-tokens": "0", "--max-disk": "50GB", "--max-sessions": "4", "--peer-sessions": "2",
     "--peer-cache-share": "0.5", "--drain-timeout": "5", "--quantization": "int8",
 }  # fmt: skip
 
@@ -386,6 +388,14 @@ def test_close_codes_and_error_codes_are_in_the_tables() -> None:
     own = [cls for cls in classes if issubclass(cls, errors.SwarmError)]
     reports = [site_errors.ErrorReport("", cls.code, "", cls.retryable, "") for cls in own]
     assert found == {(r.code, "yes" if r.retryable else "no", site_errors.http_status(r)) for r in reports}
+
+
+def test_metrics_of_nodes_are_in_the_table() -> None:
+    status = NodeStatus("online", "m", "s", 1.0, memory_bytes=1, errors={"internal": 1})
+    lines = metrics_text(lambda: status).decode().splitlines()
+    (rows,) = tables(section(page("running-a-node"), "See what it does"))
+    sent = {re.split(r"[ {]", line)[0] for line in lines if not line.startswith("#")}
+    assert {name for row in rows for name in code_spans(row[0])} == sent
 
 
 # --- all pages

@@ -20,6 +20,7 @@ from server_node.node import (
     prefix_tokens_to_keep,
     run_node,
 )
+from server_node.status_board import StatusBoard
 from swarm_protocol.errors import CheckpointError, ConfigError, PeerUnreachableError, StreamLostError
 from swarm_protocol.identity import load_identity, verify
 from swarm_protocol.messages import SESSION_PROTOCOL, OpenSession
@@ -29,7 +30,7 @@ from swarm_protocol.spans import Span
 from swarm_protocol.transport.base import Transport
 from swarm_protocol.transport.memory_net import MemoryNetwork
 from swarm_protocol.transport.network_config import NetworkConfig
-from tests.node.node_scenario import Conversation, assert_output, states, virtual
+from tests.node.node_scenario import Conversation, assert_error, assert_output, states, virtual
 from tests.tiny_models import save_tiny_model
 
 
@@ -113,6 +114,45 @@ def test_nodes_take_the_blocks_that_are_missing_serve_and_withdraw(folder: str):
         third = await runner.start(config(folder, num_blocks=2))
         assert third.online.span == Span(0, 2)
         await third.leave()
+
+    scenario()
+
+
+def test_the_board_says_how_a_node_gets_on(folder: str):
+    @virtual
+    async def scenario() -> None:
+        runner, stop, online = Runner(), asyncio.Event(), asyncio.get_running_loop().create_future()
+        board = StatusBoard("m")
+        early = board.status()
+        assert (early.state, early.model, early.blocks) == ("opening", "m", None)
+        leaving: list[str] = []
+        observer = Observer(
+            board.loading, online.set_result, lambda _: leaving.append(board.status().state), board.loaded
+        )
+        node = asyncio.create_task(run_node(config(folder, num_blocks=3), stop, observer, runner.open_network))
+        await online
+        assert board.status().state == "joining"
+        board.online()
+        now = board.status()
+        assert (now.state, now.model, now.blocks) == ("online", "tiny-llama", "0:3")
+        assert (now.loaded_blocks, now.blocks_to_load, now.cache_tokens, now.cache_used_tokens) == (3, 3, 100, 0)
+        # What others tried out is counted, what the node measured by itself is not.
+        assert (now.num_steps, now.num_tokens, now.num_sessions) == (1, 1, 0)
+        (record,) = runner.records()
+        assert now.peer_id == record.peer_id
+        talk = Conversation(await runner.network.transport().dial(record.peer_id, SESSION_PROTOCOL))
+        assert_error(
+            await talk.ask(OpenSession(b"t" * 16, (1,), "other", record.revision, 0, 3, 1, 10)), "revision_mismatch"
+        )
+        await talk.ask(OpenSession(b"s" * 16, (1,), "tiny-llama", record.revision, 0, 3, 1, 10))
+        await talk.step(1, 0, states(4))
+        now = board.status()
+        assert (now.num_steps, now.num_tokens, now.num_sessions, now.num_peers) == (2, 5, 1, 1)
+        assert (now.cache_used_tokens, now.tokens_per_s) == (10, 0.5)
+        assert now.errors == {"revision_mismatch": 1}
+        stop.set()
+        await node
+        assert set(leaving) == {"draining"}
 
     scenario()
 
