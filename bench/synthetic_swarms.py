@@ -8,7 +8,7 @@ the regions of cloud providers (Europe to the US east 80 ms, to the US west 140,
 How fast: four kinds of GPU and a model of 80 blocks of 0.9 GB. A decode step reads a block's weights once, at about
 half of the memory's bandwidth; the span is what fits into the memory beside the KV cache.
 
-What they hold: nodes come one after the other and take the blocks that are held least (`server_node.placement`).
+What they hold: nodes come one after the other and take the blocks that are held least.
 
 How busy: each node is busy for a share of the time that is uniform between 0 and 0.85, and a step waits as in a queue
 with one server and equal jobs (M/D/1), a job being a step through the whole span.
@@ -19,13 +19,13 @@ known are off by some per cent (log-normal; 10 % for pings and speeds, 30 % for 
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from server_node.admission import ServedSpan
 from server_node.neighbours import choose_neighbours, neighbours_among
-from server_node.placement import choose_span
 from swarm_client.routing.costs import HOP_S
 from swarm_client.routing.find_route import ModelKey
 from swarm_client.routing.swarm_view import SaidPings, SwarmView
@@ -117,7 +117,7 @@ def make_swarm(
         peer = f"node{len(spans)}"
         _, kind_s, least, most = rng.choices(GPUS, [share for share, *_ in GPUS])[0]
         length = max(1, min(num_blocks, round(rng.randint(least, most) * span_scale)))
-        spans[peer] = choose_span(num_blocks, length, list(spans.values()))
+        spans[peer] = _least_held(num_blocks, length, list(spans.values()))
         block_s[peer] = kind_s * rng.lognormvariate(0.0, 0.15)
         queue_s[peer] = wait_s(rng.uniform(0.0, max_busy), block_s[peer] * length)
     places = {peer: place_peer(rng) for peer in spans}
@@ -128,6 +128,12 @@ def make_swarm(
     records = [_with_pings(record, records, places, model, rng) for record in records]
     view = SwarmView(records, {PeerId(peer): ping_s for peer, ping_s in pings_s.items()})
     return SyntheticSwarm(model, view, client, places, block_s, queue_s)
+
+
+def _least_held(num_blocks: int, length: int, held: Sequence[Span]) -> Span:
+    holders = [sum(span.start <= block < span.end for span in held) for block in range(num_blocks)]
+    start = min(range(num_blocks - length + 1), key=lambda first: sorted(holders[first : first + length]))
+    return Span(start, start + length)
 
 
 def predecessor_route(swarm: SyntheticSwarm, *, with_return: bool) -> list[tuple[NodeRecord, Span]]:

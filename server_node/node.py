@@ -19,7 +19,7 @@ from server_node.config import ModelChoice, NodeConfig, NodeLimits
 from server_node.draining import drain_sessions
 from server_node.handlers import NodeHandlers
 from server_node.neighbours import NeighbourPings
-from server_node.placement import choose_span, num_blocks_that_fit
+from server_node.placement import Holder, Joiner, choose_span, num_blocks_that_fit
 from server_node.probing import Prober, Proof, Prove, is_proven, needs_no_proof
 from server_node.sessions import SessionTable
 from server_node.speed import RoutingFacts, SpeedMeter
@@ -104,9 +104,9 @@ async def run_node(
         )
         num_blocks = num_blocks_to_hold(choice, model)
         async with joined(config.network, open_network) as (transport, identity):
-            span = choice.blocks or choose_span(
-                model.checkpoint.num_blocks, num_blocks, await held_spans(transport, model)
-            )
+            others = [Holder("", held) for held in await held_spans(transport, model)]
+            joiner = Joiner(num_blocks, min_blocks=num_blocks)
+            span = choice.blocks or choose_span(model.checkpoint.num_blocks, joiner, others)
             announcer = Announcer(transport, identity.sign, _record(transport, model, span, config.name))
             async with announced(announcer):
                 served = await _load(config, worker, model, span, _until_stopped(observer.on_loading, stop))
