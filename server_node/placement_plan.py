@@ -59,8 +59,12 @@ def plan_moves(
     if is_whole and attainable(before.rates, before.most, num_blocks) < needed:
         return None
     movable = np.array([index for index, holder in enumerate(nodes) if not holder.is_fixed], dtype=np.int64)
-    targets = _spans(search(before, movable, max_evaluations))
-    moves = _in_order(before, nodes, _without_idle_moves(before, nodes, targets))
+
+    def reachable(wanted: Layout) -> Layout:
+        return _after(before, nodes, _in_order(before, nodes, _moves_to(nodes, _spans(wanted))))
+
+    targets = _spans(search(before, movable, max_evaluations, reachable))
+    moves = _in_order(before, nodes, _without_idle_moves(before, nodes, _moves_to(nodes, targets)))
     reached = _after(before, nodes, moves)
     is_fuller = reached.quality[0] > before.quality[0]
     is_worth_it = bool(moves) and (is_fuller or (is_whole and reached.weakest >= needed))
@@ -119,13 +123,13 @@ def _make(layout: Layout, node: int, span: Span) -> None:
     layout.put_in(node, span.start, len(span))
 
 
-def _without_idle_moves(before: Layout, nodes: Sequence[Holder], targets: list[Span]) -> list[Move]:
-    """Return the moves to `targets` without those that hardly matter for where the swarm ends."""
-    moves = [
-        Move(holder.peer_id, holder.span, target)
-        for holder, target in zip(nodes, targets, strict=True)
-        if holder.span != target
-    ]
+def _moves_to(nodes: Sequence[Holder], targets: Sequence[Span]) -> list[Move]:
+    pairs = zip(nodes, targets, strict=True)
+    return [Move(holder.peer_id, holder.span, target) for holder, target in pairs if holder.span != target]
+
+
+def _without_idle_moves(before: Layout, nodes: Sequence[Holder], moves: Sequence[Move]) -> list[Move]:
+    """Return `moves` without those that hardly matter for where the swarm ends."""
     index_of = {holder.peer_id: index for index, holder in enumerate(nodes)}
     ended = _after(before, nodes, moves)
     num_held, weakest = ended.quality
