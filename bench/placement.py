@@ -1,6 +1,6 @@
 """Placement: how much of what a swarm could do it does, by our rule, by the predecessor's, and at best.
 
-    python -m bench.placement [--swarms 200] [--brute-swarms 100] [--gain-swarms 60] [--processes 2]
+    python -m bench.placement [--swarms 200] [--brute-swarms 100] [--variant-swarms 60] [--processes 2]
 
 The swarms are made up from the seeds 0, 1, 2, …; `bench/placement_swarms.py` says how. What counts is the weakest
 block's tokens/s, as a share of what no placement can pass ("bound": all capacity spread evenly, as far as memory
@@ -23,8 +23,14 @@ from server_node.placement import Holder, layout_of
 
 SIZES = ((3, 10), (11, 30), (31, 100), (101, 1000))
 
-GAINS = (1.25, 1.15, 1.1, 1.05)
-"""What a plan must make of the weakest block; the first is the rule's."""
+VARIANTS: dict[str, Callable[[], OurRule]] = {
+    "the rule": OurRule,
+    "a gain of 1.15": partial(OurRule, 1.15),
+    "a gain of 1.10": partial(OurRule, 1.10),
+    "a gain of 1.05": partial(OurRule, 1.05),
+    "all blocks that fit": partial(OurRule, holds_all_that_fits=True),
+    "others' memory unknown": partial(OurRule, is_memory_known=False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--swarms", type=int, default=200)
     parser.add_argument("--brute-swarms", type=int, default=100)
-    parser.add_argument("--gain-swarms", type=int, default=60)
+    parser.add_argument("--variant-swarms", type=int, default=60)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     print(describe_machine(), "\n", flush=True)
@@ -65,7 +71,7 @@ def main() -> None:
         _print_best(rows)
         _print_moves(rows)
         _print_brute(list(pool.map(measure_brute, range(options.brute_swarms))))
-        _print_gains(rows[: options.gain_swarms], pool)
+        _print_variants(rows[: options.variant_swarms], pool)
 
 
 def measure(seed: int) -> Row:
@@ -88,13 +94,13 @@ def measure(seed: int) -> Row:
     )
 
 
-def settled_share(min_gain: float, seed: int) -> tuple[float, float, float]:
-    """Return the shares of the bound at rest, before and after churn, and the moves per node of the busier first hour."""
+def measure_variant(name: str, seed: int) -> tuple[Shares, float]:
+    """Return the shares of the bound that a variant of our rule comes to, and its moves per node of the busier hour."""
     swarm = make_swarm(seed)
-    life = live_through(swarm, partial(OurRule, min_gain))
+    life = live_through(swarm, VARIANTS[name])
     bounds = [bound(life.joined, swarm.num_blocks), bound(life.churned, swarm.num_blocks)]
-    shares = _shares(life, swarm.num_blocks, bounds)
-    return shares.settled, shares.churned, max(life.moves_settling.in_first_hour, life.moves_after_churn.in_first_hour)
+    moves = max(life.moves_settling.in_first_hour, life.moves_after_churn.in_first_hour)
+    return _shares(life, swarm.num_blocks, bounds), moves
 
 
 def measure_brute(seed: int) -> tuple[float, float]:
@@ -167,9 +173,7 @@ def _print_moves(rows: list[Row]) -> None:
         print(f"| {name} | {' | '.join(f'{statistics.mean(column):.3f} | {max(column):.2f}' for column in columns)} |")
     for name, some in lives.items():
         after = [life.moves_after_churn.in_first_hour for life in some]
-        print(
-            f"{name}: {statistics.mean(after):.3f} moves per node in the hour after the churn, {max(after):.2f} at most;"
-        )
+        print(f"{name}: {statistics.mean(after):.3f} moves per node in the hour after churn, {max(after):.2f} at most;")
         minutes = 60 * statistics.mean(life.hours_missing for life in some)
         print(f"during the churn a block was missing for {minutes:.1f} minutes in the mean.")
     print(flush=True)
@@ -188,21 +192,28 @@ def _print_brute(shares: list[tuple[float, float]]) -> None:
     print(flush=True)
 
 
-def _print_gains(rows: list[Row], pool: ProcessPoolExecutor) -> None:
+def _print_variants(rows: list[Row], pool: ProcessPoolExecutor) -> None:
     if not rows:
         return
-    print(f"| least gain, {len(rows)} swarms | settled / annealing, mean | worst | after churn, mean | worst |", end="")
-    print(" moves per node, first hour at rest, mean | most |")
-    print("|---|---|---|---|---|---|---|")
-    for gain in GAINS:
-        found = list(pool.map(partial(settled_share, gain), range(len(rows))))
-        # Some settle better than the annealing that began from where the rule had ended: then they are the best known.
-        settled = [share / max(share, row.best.settled) for (share, _, _), row in zip(found, rows, strict=True)]
-        churned = [_share(share, max(share, row.best.churned)) for (_, share, _), row in zip(found, rows, strict=True)]
-        moves = [each for _, _, each in found]
+    print(
+        f"| over annealing, {len(rows)} swarms | joins, mean | settled, mean | worst | after churn, mean | worst |",
+        end="",
+    )
+    print(" moves per node, first hour at rest, mean | most |\n|---|---|---|---|---|---|---|---|")
+    for name in VARIANTS:
+        found = list(pool.map(partial(measure_variant, name), range(len(rows))))
+        # Some settle better than the annealing, which began where the rule had ended: then they are the best known.
+        joined = [_share(shares.joined, row.best.joined) for (shares, _), row in zip(found, rows, strict=True)]
+        settled = [
+            min(1.0, _share(shares.settled, row.best.settled)) for (shares, _), row in zip(found, rows, strict=True)
+        ]
+        churned = [
+            min(1.0, _share(shares.churned, row.best.churned)) for (shares, _), row in zip(found, rows, strict=True)
+        ]
+        moves = [each for _, each in found]
         print(
-            f"| {gain:.2f} | {statistics.mean(settled):.3f} | {min(settled):.2f} | {statistics.mean(churned):.3f} | "
-            f"{min(churned):.2f} | {statistics.mean(moves):.3f} | {max(moves):.2f} |",
+            f"| {name} | {statistics.mean(joined):.3f} | {statistics.mean(settled):.3f} | {min(settled):.2f} | "
+            f"{statistics.mean(churned):.3f} | {min(churned):.2f} | {statistics.mean(moves):.3f} | {max(moves):.2f} |",
             flush=True,
         )
 

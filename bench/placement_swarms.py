@@ -111,23 +111,33 @@ class State:
 
 
 class OurRule:
-    """`server_node.placement` and `server_node.placement_plan`."""
+    """`server_node.placement` and `server_node.placement_plan`, or a variant of them.
 
-    def __init__(self, min_gain: float = MIN_GAIN) -> None:
+    With `holds_all_that_fits` no node holds fewer blocks than it has memory for; unless `is_memory_known` nobody plans
+    for more blocks than a node holds already.
+    """
+
+    def __init__(
+        self, min_gain: float = MIN_GAIN, *, holds_all_that_fits: bool = False, is_memory_known: bool = True
+    ) -> None:
         self._min_gain = min_gain
+        self._holds_all_that_fits = holds_all_that_fits
+        self._is_memory_known = is_memory_known
         self._plan: Plan | None = None
         self._planned_for: list[Holder] = []
 
     def join(self, state: State, machine: Machine, now_s: float) -> None:
         """Give a machine its first blocks."""
-        joiner = Joiner(machine.max_blocks, 1, machine.block_step_s)
+        least = machine.max_blocks if self._holds_all_that_fits else 1
+        joiner = Joiner(machine.max_blocks, least, machine.block_step_s)
         state.add(machine, choose_span(state.num_blocks, joiner, state.holders), now_s)
 
     def round(self, state: State, now_s: float) -> bool:
         """Let the winner of a round of claims move; return whether the swarm rests."""
         moves = next_moves(self._plan, state.holders) if self._plan is not None else ()
         if not moves and state.holders != self._planned_for:
-            self._plan = plan_moves(state.num_blocks, state.holders, self._min_gain)
+            known = [self._known_of(holder) for holder in state.holders]
+            self._plan = plan_moves(state.num_blocks, known, self._min_gain)
             self._planned_for = state.holders[:]
             moves = next_moves(self._plan, state.holders) if self._plan is not None else ()
         is_missing = not state.layout.num_holders.all()
@@ -140,6 +150,10 @@ class OurRule:
         if won is not None:
             state.move(won.peer_id, claims[won].new, now_s)
         return not moves
+
+    def _known_of(self, holder: Holder) -> Holder:
+        known = holder if self._is_memory_known else replace(holder, max_blocks=None)
+        return replace(known, is_length_fixed=self._holds_all_that_fits)
 
 
 class PredecessorsRule:

@@ -9,6 +9,7 @@ that nobody holds come before everything else.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
@@ -55,6 +56,8 @@ class Layout:
     lengths: Ints
     load: Floats
     num_holders: Ints
+    fair_share: float
+    """Tokens/s of every block if all capacity were spread evenly."""
 
     @classmethod
     def of(cls, num_blocks: int, rates: Floats, least: Ints, most: Ints, starts: Ints, lengths: Ints) -> "Layout":
@@ -62,7 +65,8 @@ class Layout:
         blocks = np.arange(num_blocks)
         holds = (starts[:, None] <= blocks) & (blocks < (starts + lengths)[:, None])
         load = (holds * (rates / lengths)[:, None]).sum(axis=0, dtype=np.float64)
-        return cls(num_blocks, rates, least, most, starts, lengths, load, holds.sum(axis=0))
+        fair_share = float(rates.sum()) / num_blocks
+        return cls(num_blocks, rates, least, most, starts, lengths, load, holds.sum(axis=0), fair_share)
 
     def copy(self) -> "Layout":
         """Return a layout whose nodes can be moved without moving those of this one."""
@@ -77,11 +81,6 @@ class Layout:
     def quality(self) -> tuple[int, float]:
         """What makes one layout better than another: fewer blocks without a node, then a stronger weakest block."""
         return int(np.count_nonzero(self.num_holders)), self.weakest
-
-    @property
-    def fair_share(self) -> float:
-        """Tokens/s of every block if all capacity were spread evenly."""
-        return float(self.rates.sum()) / self.num_blocks
 
     def take_out(self, node: int) -> None:
         """Take the blocks of `node` away; nothing but `put_in` may follow for it."""
@@ -138,10 +137,17 @@ def window_gains(layout: Layout, rate: float, least: int, most: int, sharpness: 
     after = np.exp(-sharpness / fair_share * (layout.load + (rate / lengths)[:, None]))
     sums = np.zeros((len(lengths), num_blocks + 1))
     np.cumsum(before - after, axis=1, out=sums[:, 1:])
-    ends = np.arange(num_blocks) + lengths[:, None]
-    taken = np.take_along_axis(sums, np.minimum(ends, num_blocks), axis=1) - sums[:, :-1]
-    gains: Floats = np.where(ends <= num_blocks, taken, -1.0)
+    ends, fits = _window_ends(num_blocks, least, most)
+    gains: Floats = np.where(fits, sums.ravel()[ends] - sums[:, :-1], -1.0)
     return gains
+
+
+@lru_cache(maxsize=1024)
+def _window_ends(num_blocks: int, least: int, most: int) -> tuple[Ints, NDArray[np.bool_]]:
+    """Return where the sums of `window_gains` have the end of each window, all rows in one, and whether it fits."""
+    ends = np.arange(num_blocks) + np.arange(least, most + 1)[:, None]
+    rows = np.arange(most + 1 - least)[:, None] * (num_blocks + 1)
+    return rows + np.minimum(ends, num_blocks), ends <= num_blocks
 
 
 def equally_good(layout: Layout, gains: Floats, sharpness: float) -> NDArray[np.bool_]:
