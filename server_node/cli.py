@@ -250,44 +250,8 @@ def _settings() -> Settings:
         "--max-disk", type=_size, metavar="SIZE",
         help="keep at most so much of downloaded parts of models, such as 50GB; default: no bound",
     )  # fmt: skip
-    run.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …; default: cpu")
-    run.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto, the default, is float32 on a CPU and the checkpoint's own elsewhere",
-    )  # fmt: skip
-    run.add_argument(
-        "--quantization", default="none", choices=("none", "int8", "nf4"),
-        help="hold the large weights in 8 or 4 bits; on a CPU nf4 is 4-bit integers in groups of 32; default: none",
-    )  # fmt: skip
-    run.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; 1 where nodes share a machine")
-    run.add_argument(
-        "--cache-tokens", type=_positive, metavar="N", help="KV cache in tokens; default: half of the free memory"
-    )
-    run.add_argument(
-        "--prefix-tokens", type=_count, metavar="N",
-        help="tokens of prompts to keep for later sessions; default: an eighth of the cache, 0 keeps none",
-    )  # fmt: skip
-    run.add_argument(
-        "--max-sessions", type=_positive, default=NodeLimits().max_sessions, metavar="N",
-        help="sessions that may be open at once; default: %(default)s",
-    )  # fmt: skip
-    run.add_argument(
-        "--peer-sessions", type=_positive, default=NodeLimits().max_sessions_per_peer, metavar="N",
-        help="how many of them one peer may have; default: %(default)s",
-    )  # fmt: skip
-    run.add_argument(
-        "--metrics-port", type=_port, default=0, metavar="N",
-        help="port of this machine alone at which Prometheus finds metrics; default: 0, none",
-    )  # fmt: skip
-    run.add_argument(
-        "--peer-cache-share", type=_share, default=NodeLimits().max_cache_share_per_peer, metavar="X",
-        help="how much of the cache one peer may take; default: %(default)s, 1 in a swarm of one's own",
-    )  # fmt: skip
-    run.add_argument(
-        "--drain-timeout", type=_seconds, default=NodeLimits().drain_s, metavar="S",
-        help="seconds that open sessions have to move to other nodes when this one leaves; default: %(default)s",
-    )  # fmt: skip
-    run.add_argument("--name", default="", type=_name, help=f"shown to people, at most {MAX_NAME_CHARS} characters")
+    _add_compute_arguments(run)
+    _add_limit_arguments(run)
     bootstrap = commands.add_parser("bootstrap", help="be a first peer that others join at")
     for command in (run, bootstrap):
         command.add_argument("--config", metavar="FILE", help="a TOML file with any of these flags; see the docs")
@@ -300,6 +264,50 @@ def _settings() -> Settings:
     for command in (run, bootstrap, drain, status):
         command.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return Settings(parser, commands.choices)
+
+
+def _add_compute_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …; default: cpu")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto, the default, is float32 on a CPU and the checkpoint's own elsewhere",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quantization", default="none", choices=("none", "int8", "nf4"),
+        help="hold the large weights in 8 or 4 bits; on a CPU nf4 is 4-bit integers in groups of 32; default: none",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; 1 where nodes share a machine")
+    parser.add_argument(
+        "--cache-tokens", type=_positive, metavar="N", help="KV cache in tokens; default: half of the free memory"
+    )
+    parser.add_argument(
+        "--prefix-tokens", type=_count, metavar="N",
+        help="tokens of prompts to keep for later sessions; default: an eighth of the cache, 0 keeps none",
+    )  # fmt: skip
+
+
+def _add_limit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-sessions", type=_positive, default=NodeLimits().max_sessions, metavar="N",
+        help="sessions that may be open at once; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peer-sessions", type=_positive, default=NodeLimits().max_sessions_per_peer, metavar="N",
+        help="how many of them one peer may have; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metrics-port", type=_port, default=0, metavar="N",
+        help="port of this machine alone at which Prometheus finds metrics; default: 0, none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peer-cache-share", type=_share, default=NodeLimits().max_cache_share_per_peer, metavar="X",
+        help="how much of the cache one peer may take; default: %(default)s, 1 in a swarm of one's own",
+    )  # fmt: skip
+    parser.add_argument(
+        "--drain-timeout", type=_seconds, default=NodeLimits().drain_s, metavar="S",
+        help="seconds that open sessions have to move to other nodes when this one leaves; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument("--name", default="", type=_name, help=f"shown to people, at most {MAX_NAME_CHARS} characters")
 
 
 def _add_network_arguments(parser: argparse.ArgumentParser) -> None:

@@ -31,6 +31,8 @@ class Settings:
         """Return all values of a command. Exits as argparse does; raises ConfigError for a wrong file or variable."""
         flags = {name: _flags(command) for name, command in self._commands.items()}
         defaults = {name: {action.dest: action.default for action in some.values()} for name, some in flags.items()}
+        for action in (action for some in flags.values() for action in some.values()):
+            action.help = (action.help or "").replace("%(default)s", str(action.default))
         for name, command in self._commands.items():
             command.set_defaults(**dict.fromkeys(defaults[name]))  # None: not given
         found = self._parser.parse_args(argv)

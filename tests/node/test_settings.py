@@ -123,3 +123,11 @@ def test_a_wrong_file_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().err == (
         f"umbel-node: error: {tmp_path}/node.toml: bloks is no setting of `umbel-node run`\n"
     )
+
+
+def test_the_help_names_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parsed("run", "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "default: 512" in shown
+    assert "default: None" not in shown
