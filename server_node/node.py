@@ -13,13 +13,14 @@ from pathlib import Path
 from server_node.admission import Admission, ServedSpan
 from server_node.announcer import Announcer
 from server_node.benchmark import measure_speed
+from server_node.capacity import cache_tokens_to_reserve, gb, num_blocks_to_hold, prefix_tokens_to_keep
 from server_node.compute.opened_model import OpenedModel
-from server_node.compute.worker import ComputeWorker, LoadedSpan
-from server_node.config import ModelChoice, NodeConfig, NodeLimits
+from server_node.compute.worker import ComputeWorker
+from server_node.config import NodeConfig, NodeLimits
 from server_node.draining import drain_sessions
 from server_node.handlers import NodeHandlers
 from server_node.neighbours import NeighbourPings
-from server_node.placement import Holder, Joiner, choose_span, num_blocks_that_fit
+from server_node.placement import Holder, Joiner, choose_span
 from server_node.probing import Prober, Proof, Prove, is_proven, needs_no_proof
 from server_node.sessions import SessionTable
 from server_node.speed import RoutingFacts, SpeedMeter
@@ -269,51 +270,6 @@ async def held_spans(transport: Transport, model: OpenedModel) -> list[Span]:
     return held
 
 
-def num_blocks_to_hold(choice: ModelChoice, model: OpenedModel) -> int:
-    """Return how many blocks are to be loaded. Raises ConfigError if the model has not so many or memory is short."""
-    name, in_all = model.checkpoint.name, model.checkpoint.num_blocks
-    if choice.blocks is not None and choice.blocks.end > in_all:
-        raise ConfigError(f"{name} has the blocks 0:{in_all}, not {choice.blocks}")
-    if choice.num_blocks is not None and choice.num_blocks > in_all:
-        raise ConfigError(f"{name} has {in_all} blocks, not {choice.num_blocks}")
-    asked = choice.num_blocks if choice.blocks is None else len(choice.blocks)
-    # Less than nothing may be left once a block is loaded.
-    free_bytes = max(0, model.free_bytes - model.loading_bytes)
-    wanted = num_blocks_that_fit(free_bytes, model.block_bytes, in_all) if asked is None else asked
-    if not wanted or wanted * model.block_bytes > free_bytes:
-        raise ConfigError(
-            f"{max(1, wanted)} blocks of {name} take {_gb(max(1, wanted) * model.block_bytes)} in "
-            f"{_held_as(model)}, but {_gb(free_bytes)} are free: serve fewer, or choose a smaller dtype"
-        )
-    return wanted
-
-
-def cache_tokens_to_reserve(asked: int | None, loaded: LoadedSpan) -> int:
-    """Return the KV cache in tokens; by default half of the free memory. Raises ConfigError if it does not fit."""
-    per_token = max(1, loaded.kv_bytes_per_token)
-    tokens = loaded.free_bytes // 2 // per_token if asked is None else asked
-    if not tokens or tokens * per_token > loaded.free_bytes:
-        raise ConfigError(
-            f"a KV cache of {max(1, tokens)} tokens takes {_gb(max(1, tokens) * per_token)}, but "
-            f"{_gb(loaded.free_bytes)} are free: serve fewer blocks, or lower --cache-tokens"
-        )
-    logger.info("KV cache for %d tokens, %s of %s free", tokens, _gb(tokens * per_token), _gb(loaded.free_bytes))
-    return tokens
-
-
-def prefix_tokens_to_keep(asked: int | None, cache_tokens: int, loaded: LoadedSpan) -> int:
-    """Return the tokens of prefixes to keep besides the KV cache; by default an eighth of it, as far as that fits.
-
-    Raises ConfigError if what is asked for does not fit.
-    """
-    room = loaded.free_bytes // max(1, loaded.kv_bytes_per_token) - cache_tokens
-    if asked is None:
-        return min(cache_tokens // 8, room)
-    if asked > room:
-        raise ConfigError(f"{asked} tokens of prefixes do not fit besides the KV cache, {room} would: --prefix-tokens")
-    return asked
-
-
 def best_address(addresses: Sequence[str]) -> str:
     """Return the address to show to others: one that works beyond this machine, where there is one."""
     if not addresses:
@@ -327,6 +283,8 @@ async def _load(
 ) -> ServedSpan:
     loaded = await worker.load(model, span, config.compute.device, progress)
     cache_tokens = cache_tokens_to_reserve(config.compute.cache_tokens, loaded)
+    cache_bytes = cache_tokens * loaded.kv_bytes_per_token
+    logger.info("KV cache for %d tokens, %s of %s free", cache_tokens, gb(cache_bytes), gb(loaded.free_bytes))
     prefix_tokens = prefix_tokens_to_keep(config.compute.prefix_tokens, cache_tokens, loaded)
     worker.keep_prefixes(prefix_tokens * loaded.kv_bytes_per_token)
     return ServedSpan(
@@ -367,11 +325,6 @@ def _record(transport: Transport, model: OpenedModel, span: Span, name: str) -> 
     )
 
 
-def _held_as(model: OpenedModel) -> str:
-    dtype = dtype_name(model.dtype)
-    return dtype if model.scheme is None else f"{model.scheme.label} and {dtype}"
-
-
 def software() -> str:
     """Return the program and its version, as records name it."""
     try:
@@ -388,7 +341,3 @@ def _until_stopped(progress: Progress, stop: asyncio.Event) -> Progress:
         progress(num_done, num_all)
 
     return report
-
-
-def _gb(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"

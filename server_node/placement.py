@@ -70,14 +70,6 @@ def choose_span(num_blocks: int, joiner: Joiner, others: Collection[Holder]) -> 
     return best_span(layout, node, [holder.span for holder in others], joiner.on_disk)
 
 
-def num_blocks_that_fit(free_bytes: int, block_bytes: int, num_blocks: int) -> int:
-    """Return how many blocks of `block_bytes` a node should take: those that leave half as much again for KV cache.
-
-    0 if not even one fits.
-    """
-    return min(num_blocks, free_bytes * 2 // (3 * block_bytes))
-
-
 def within(holders: Iterable[Holder], num_blocks: int) -> list[Holder]:
     """Return those whose spans are of this model; a record is a stranger's word."""
     return [holder for holder in holders if holder.span.end <= num_blocks]

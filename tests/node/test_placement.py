@@ -18,7 +18,7 @@ from server_node.move_turns import (
     round_of,
     winner,
 )
-from server_node.placement import Holder, Joiner, choose_span, num_blocks_that_fit
+from server_node.placement import Holder, Joiner, choose_span
 from server_node.placement_plan import MIN_GAIN, Move, Plan, better_span, next_moves, plan_moves
 from swarm_protocol.spans import Span, uncovered
 
@@ -94,11 +94,6 @@ def test_among_equals_boundaries_align_then_disks_count_then_the_first_wins():
 def test_no_blocks_are_no_span(least: int, most: int):
     with pytest.raises(ValueError, match="at least one"):
         choose_span(30, Joiner(most, least), [])
-
-
-@pytest.mark.parametrize(("free", "expected"), [(0, 0), (149, 0), (150, 1), (300, 2), (10**9, 7)])
-def test_blocks_that_fit_leave_room_for_the_cache(free: int, expected: int):
-    assert num_blocks_that_fit(free, 100, 7) == expected
 
 
 def moves_of(num_blocks: int, swarm: list[Holder], min_gain: float = MIN_GAIN) -> tuple[Move, ...]:

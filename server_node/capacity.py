@@ -1,0 +1,69 @@
+"""Pure: how many blocks, and how much KV cache, fit on the device."""
+
+from server_node.compute.opened_model import OpenedModel
+from server_node.compute.worker import LoadedSpan
+from server_node.config import ModelChoice
+from swarm_protocol.errors import ConfigError
+from swarm_protocol.tensors import dtype_name
+
+
+def num_blocks_that_fit(free_bytes: int, block_bytes: int, num_blocks: int) -> int:
+    """Return how many blocks of `block_bytes` a node should take: those that leave half as much again for KV cache.
+
+    0 if not even one fits.
+    """
+    return min(num_blocks, free_bytes * 2 // (3 * block_bytes))
+
+
+def num_blocks_to_hold(choice: ModelChoice, model: OpenedModel) -> int:
+    """Return how many blocks are to be loaded. Raises ConfigError if the model has not so many or memory is short."""
+    name, in_all = model.checkpoint.name, model.checkpoint.num_blocks
+    if choice.blocks is not None and choice.blocks.end > in_all:
+        raise ConfigError(f"{name} has the blocks 0:{in_all}, not {choice.blocks}")
+    if choice.num_blocks is not None and choice.num_blocks > in_all:
+        raise ConfigError(f"{name} has {in_all} blocks, not {choice.num_blocks}")
+    asked = choice.num_blocks if choice.blocks is None else len(choice.blocks)
+    # Less than nothing may be left once a block is loaded.
+    free_bytes = max(0, model.free_bytes - model.loading_bytes)
+    wanted = num_blocks_that_fit(free_bytes, model.block_bytes, in_all) if asked is None else asked
+    if not wanted or wanted * model.block_bytes > free_bytes:
+        raise ConfigError(
+            f"{max(1, wanted)} blocks of {name} take {gb(max(1, wanted) * model.block_bytes)} in "
+            f"{_held_as(model)}, but {gb(free_bytes)} are free: serve fewer, or choose a smaller dtype"
+        )
+    return wanted
+
+
+def cache_tokens_to_reserve(asked: int | None, loaded: LoadedSpan) -> int:
+    """Return the KV cache in tokens; by default half of the free memory. Raises ConfigError if it does not fit."""
+    per_token = max(1, loaded.kv_bytes_per_token)
+    tokens = loaded.free_bytes // 2 // per_token if asked is None else asked
+    if not tokens or tokens * per_token > loaded.free_bytes:
+        raise ConfigError(
+            f"a KV cache of {max(1, tokens)} tokens takes {gb(max(1, tokens) * per_token)}, but "
+            f"{gb(loaded.free_bytes)} are free: serve fewer blocks, or lower --cache-tokens"
+        )
+    return tokens
+
+
+def prefix_tokens_to_keep(asked: int | None, cache_tokens: int, loaded: LoadedSpan) -> int:
+    """Return the tokens of prefixes to keep besides the KV cache; by default an eighth of it, as far as that fits.
+
+    Raises ConfigError if what is asked for does not fit.
+    """
+    room = loaded.free_bytes // max(1, loaded.kv_bytes_per_token) - cache_tokens
+    if asked is None:
+        return min(cache_tokens // 8, room)
+    if asked > room:
+        raise ConfigError(f"{asked} tokens of prefixes do not fit besides the KV cache, {room} would: --prefix-tokens")
+    return asked
+
+
+def _held_as(model: OpenedModel) -> str:
+    dtype = dtype_name(model.dtype)
+    return dtype if model.scheme is None else f"{model.scheme.label} and {dtype}"
+
+
+def gb(size_bytes: int) -> str:
+    """Return a size as people read it."""
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"
