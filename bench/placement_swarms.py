@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from server_node.move_turns import CLAIM_LIFETIME_S, Claim, may_look, round_of, winner
+from server_node.move_turns import ROUND_S, may_look, round_of, winner
 from server_node.placement import Holder, Joiner, choose_span, layout_of
 from server_node.placement_plan import MIN_GAIN, Plan, next_moves, plan_moves
 from server_node.placement_search import Floats, Layout, attainable
+from swarm_protocol.move_claims import MoveClaim
 from swarm_protocol.spans import Span
 
 CHURN_S, SETTLING_S = 3600.0, 4 * 3600.0
@@ -142,11 +143,11 @@ class OurRule:
             moves = next_moves(self._plan, state.holders) if self._plan is not None else ()
         is_missing = not state.layout.num_holders.all()
         claims = {
-            Claim(move.peer_id, str(move.new), round_of(now_s)): move
+            MoveClaim(move.peer_id, move.new.start, move.new.end, round_of(now_s)): move
             for move in moves
             if may_look(state.arrived_s[move.peer_id], move.peer_id, now_s, is_a_block_missing=is_missing)
         }
-        won = winner(list(claims), now_s)
+        won = winner(list(claims), round_of(now_s))
         if won is not None:
             state.move(won.peer_id, claims[won].new, now_s)
         return not moves
@@ -261,14 +262,14 @@ def live_through(swarm: MadeUpSwarm, make_rule: Callable[[], Rule]) -> Outcome:
     in_churn, state.num_moves = state.num_moves / len(state.holders), 0
     after = _settle(state, rule, now_s + CHURN_S)
     return Outcome(joined, settled, state.holders[:], settling, after, in_churn,
-                   num_missing * CLAIM_LIFETIME_S / 3600)  # fmt: skip
+                   num_missing * ROUND_S / 3600)  # fmt: skip
 
 
 def _settle(state: State, rule: Rule, begin_s: float) -> Moves:
     num_in_first_hour = 0
-    for number in range(int(SETTLING_S / CLAIM_LIFETIME_S)):
-        is_at_rest = rule.round(state, begin_s + number * CLAIM_LIFETIME_S)
-        if number * CLAIM_LIFETIME_S < 3600:
+    for number in range(int(SETTLING_S / ROUND_S)):
+        is_at_rest = rule.round(state, begin_s + number * ROUND_S)
+        if number * ROUND_S < 3600:
             num_in_first_hour = state.num_moves
         if is_at_rest:
             break
@@ -282,8 +283,8 @@ def _churn(state: State, rule: Rule, swarm: MadeUpSwarm, begin_s: float) -> int:
     events += [(rng.uniform(0, CHURN_S), None) for _ in swarm.later]
     events.sort(key=lambda event: event[0])
     num_missing = 0
-    for number in range(int(CHURN_S / CLAIM_LIFETIME_S)):
-        while events and events[0][0] < (number + 1) * CLAIM_LIFETIME_S:
+    for number in range(int(CHURN_S / ROUND_S)):
+        while events and events[0][0] < (number + 1) * ROUND_S:
             at_s, machine = events.pop(0)
             if machine is not None:
                 rule.join(state, machine, begin_s + at_s)
@@ -291,6 +292,6 @@ def _churn(state: State, rule: Rule, swarm: MadeUpSwarm, begin_s: float) -> int:
                 # By its place among the ids, not among the holders, so that all rules lose the same nodes.
                 leaver = rng.choice(sorted(holder.peer_id for holder in state.holders))
                 state.holders = [holder for holder in state.holders if holder.peer_id != leaver]
-        rule.round(state, begin_s + (number + 1) * CLAIM_LIFETIME_S)
+        rule.round(state, begin_s + (number + 1) * ROUND_S)
         num_missing += not state.layout.num_holders.all()
     return num_missing

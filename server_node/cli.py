@@ -145,8 +145,9 @@ def _leave_device_thread(status: int) -> None:
 
 async def _run(config: NodeConfig, lifecycle: _Lifecycle, screen: Screen, metrics_port: int) -> None:
     # Not at the top: it loads torch, which takes seconds and must not happen before the environment is set.
+    from server_node.life import run_node
     from server_node.metrics import metrics_page
-    from server_node.node import Observer, run_node
+    from server_node.node import Observer
     from server_node.run_file import run_file
     from server_node.status_board import StatusBoard
 
@@ -160,15 +161,20 @@ async def _run(config: NodeConfig, lifecycle: _Lifecycle, screen: Screen, metric
     def on_online(online: "Online") -> None:
         board.online()
         lines = [f"online: {online.model} blocks {online.span} {online.address}"]
-        if not config.network.initial_peers:
+        if not config.network.initial_peers and not lifecycle.is_up:
             lines.append(f"others join with: umbel-node run {config.model.source} --initial-peers {online.address}")
         screen.show("")
         lifecycle.up(*lines)
 
     with run_file(config.network.identity_path) as running:
+
+        def on_draining(num_sessions: int) -> None:
+            if lifecycle.stop.is_set():  # else it only takes other blocks, or pauses
+                running.leaving(num_sessions)
+
         lifecycle.on_stop = running.leaving
         download = show_progress(f"downloading {source}", "B")
-        observer = Observer(on_loading, on_online, running.leaving, board.loaded, download)
+        observer = Observer(on_loading, on_online, on_draining, board.loaded, download, board.unloaded, board.waiting)
         async with status_socket(running.socket_path, board.status), metrics_page(metrics_port, board.status):
             showing = asyncio.create_task(keep_shown(screen, board.status), name="live line")
             try:
@@ -178,8 +184,9 @@ async def _run(config: NodeConfig, lifecycle: _Lifecycle, screen: Screen, metric
 
 
 async def _bootstrap(network: NetworkConfig, lifecycle: _Lifecycle) -> None:
-    from server_node.node import best_address, joined, stopped_or_lost
+    from server_node.node import best_address, joined
     from server_node.probing import Prober
+    from server_node.waiting import stopped_or_lost
     from swarm_protocol.messages import PROBE_PROTOCOL
 
     async with joined(network) as (transport, _):
@@ -217,6 +224,7 @@ def _node_config(arguments: argparse.Namespace) -> NodeConfig:
             drain_s=arguments.drain_timeout,
         ),
         name=arguments.name,
+        only_when_idle=arguments.only_when_idle,
     )
 
 
@@ -307,6 +315,9 @@ def _add_limit_arguments(parser: argparse.ArgumentParser) -> None:
         "--drain-timeout", type=_seconds, default=NodeLimits().drain_s, metavar="S",
         help="seconds that open sessions have to move to other nodes when this one leaves; default: %(default)s",
     )  # fmt: skip
+    parser.add_argument(
+        "--only-when-idle", action="store_true", help="pause, by draining, while the owner's programs use the device"
+    )
     parser.add_argument("--name", default="", type=_name, help=f"shown to people, at most {MAX_NAME_CHARS} characters")
 
 

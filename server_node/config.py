@@ -110,3 +110,5 @@ class NodeConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     limits: NodeLimits = field(default_factory=NodeLimits)
     name: str = ""
+    only_when_idle: bool = False
+    """Pause, with all memory given back, while other programs of this machine use the device."""

@@ -1,14 +1,16 @@
 """Pure: when a node may move to other blocks, and which of several nodes that want to may do so now.
 
 A node stays for ten minutes where it is before it looks for a better place, and some more that its peer id tells, so
-that nodes that joined together do not look together. Then it claims the next move: all claims of one model are read
-after a wait, and the one with the lowest hash moves. A directory has no compare-and-swap; that all see the same claims
-after the wait is enough, and where two do not, two nodes move at once, which only costs a move.
+that nodes that joined together do not look together. Then it claims the next move: time is cut into rounds, claims are
+made early in a round and read later in it, and the one with the lowest hash moves. A directory has no compare-and-swap;
+that all see the same claims after the wait is enough, and where two do not, two nodes move at once, which only costs a
+move.
 """
 
 import hashlib
 from collections.abc import Collection
-from dataclasses import dataclass
+
+from swarm_protocol.move_claims import MoveClaim
 
 DWELL_S = 600.0
 """For which a node stays where it is: a move costs its sessions a hand-over and the node a load."""
@@ -16,36 +18,38 @@ DWELL_S = 600.0
 JITTER_S = 120.0
 """At most so much longer."""
 
-CLAIM_WAIT_S = 15.0
-"""After which all have seen a claim: more than the period in which records are refreshed."""
+ROUND_S = 120.0
+"""Of claims: within it the node that may move has begun to drain, and says so in its record."""
 
-CLAIM_LIFETIME_S = 120.0
-"""For which a claim that has won holds: within it the node drains, or has given up."""
+LOOK_SPREAD_S = 30.0
+"""From the start of a round: in it nodes look, each at its own time, so that not all ask the directory at once."""
 
+CLAIM_BY_S = 45.0
+"""From the start of a round: who has not claimed by then, waits for the next one."""
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """That node `peer_id` wants to move to `blocks`, written as a span, in round `round_number` of claims."""
-
-    peer_id: str
-    blocks: str
-    round_number: int
-
-    @property
-    def rank(self) -> bytes:
-        """What claims are ordered by. With the round in it, it is not always the same peer's turn."""
-        return _hash(f"{self.round_number}/{self.peer_id}/{self.blocks}")
+READ_AT_S = 60.0
+"""From the start of a round: all have seen all claims then, since that is longer after than a store takes."""
 
 
 def round_of(now_s: float) -> int:
     """Return the round of claims that runs at `now_s`, seconds since the epoch."""
-    return int(now_s // CLAIM_LIFETIME_S)
+    return int(now_s // ROUND_S)
+
+
+def next_look_s(peer_id: str, now_s: float) -> float:
+    """Return when a node looks for better blocks: in this round if its time is still to come, else in the next."""
+    look_s = round_of(now_s) * ROUND_S + _share(peer_id) * LOOK_SPREAD_S
+    return look_s if look_s >= now_s else look_s + ROUND_S
+
+
+def may_claim(round_number: int, now_s: float) -> bool:
+    """Whether a claim of this round is still in time."""
+    return now_s < round_number * ROUND_S + CLAIM_BY_S
 
 
 def may_look_at_s(arrived_s: float, peer_id: str) -> float:
     """Return when a node that took its blocks at `arrived_s` may look for better ones."""
-    share = int.from_bytes(_hash(peer_id)[:8]) / 2**64
-    return arrived_s + DWELL_S + share * JITTER_S
+    return arrived_s + DWELL_S + _share(peer_id) * JITTER_S
 
 
 def may_look(arrived_s: float, peer_id: str, now_s: float, *, is_a_block_missing: bool) -> bool:
@@ -53,10 +57,19 @@ def may_look(arrived_s: float, peer_id: str, now_s: float, *, is_a_block_missing
     return is_a_block_missing or now_s >= may_look_at_s(arrived_s, peer_id)
 
 
-def winner(claims: Collection[Claim], now_s: float) -> Claim | None:
-    """Return the claim of the present round that may move; None if there is none. Older claims count for nothing."""
-    present = [claim for claim in claims if claim.round_number == round_of(now_s)]
-    return min(present, key=lambda claim: (claim.rank, claim.peer_id), default=None)
+def winner(claims: Collection[MoveClaim], round_number: int) -> MoveClaim | None:
+    """Return the claim of this round that may move; None if there is none. Older claims count for nothing."""
+    present = [claim for claim in claims if claim.round_number == round_number]
+    return min(present, key=lambda claim: (_rank(claim), claim.peer_id), default=None)
+
+
+def _rank(claim: MoveClaim) -> bytes:
+    # With the round in it, it is not always the same peer's turn.
+    return _hash(f"{claim.round_number}/{claim.peer_id}/{claim.start_block}:{claim.end_block}")
+
+
+def _share(peer_id: str) -> float:
+    return int.from_bytes(_hash(peer_id)[:8]) / 2**64
 
 
 def _hash(text: str) -> bytes:

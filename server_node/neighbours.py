@@ -6,11 +6,11 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 
 from server_node.admission import ServedSpan
-from swarm_protocol.errors import InvalidRecordError, SwarmError
-from swarm_protocol.identity import verify
+from server_node.swarm_records import read_records
+from swarm_protocol.errors import SwarmError
 from swarm_protocol.ids import PeerId, short_peer
 from swarm_protocol.ping import measure_ping
-from swarm_protocol.records import MAX_PINGS, NodeRecord, Pings, directory_keys, unseal
+from swarm_protocol.records import MAX_PINGS, NodeRecord, Pings
 from swarm_protocol.transport.base import Transport
 
 logger = logging.getLogger(__name__)
@@ -59,13 +59,7 @@ class NeighbourPings:
     async def _find(self) -> list[PeerId]:
         transport, served = self._transport, self._served
         async with asyncio.timeout(_LOOKUP_S):
-            found = await transport.directory.lookup(directory_keys(served.model, served.span.end + 1))
-        records = []
-        for owner, value in ((owner, value) for values in found.values() for owner, value in values.items()):
-            try:
-                records.append(unseal(value, PeerId(owner), verify, transport.now_s()))
-            except InvalidRecordError as error:
-                logger.debug("record passed over: %s peer=%s", error, short_peer(PeerId(owner)))
+            records = await read_records(transport, served.model, served.span.end + 1)
         return [peer_id for peer_id in neighbours_among(records, served) if peer_id != transport.peer_id]
 
     async def _ping(self, peer_id: PeerId) -> None:

@@ -14,13 +14,12 @@ from contextlib import AbstractAsyncContextManager
 from typing import TypeAlias
 
 from server_node.admission import ServedSpan
-from swarm_protocol.errors import InvalidRecordError, LimitExceededError, SwarmError, UnexpectedMessageError
-from swarm_protocol.identity import verify
+from server_node.swarm_records import read_records
+from swarm_protocol.errors import LimitExceededError, SwarmError, UnexpectedMessageError
 from swarm_protocol.ids import PeerId, short_peer
 from swarm_protocol.message_stream import MessageStream
 from swarm_protocol.messages import PROBE_PROTOCOL, ErrorReply, Probed, ProbeMe, error_reply
 from swarm_protocol.probe import PROBE_S, probe
-from swarm_protocol.records import directory_keys, unseal
 from swarm_protocol.transport.base import FrameStream, Transport
 from swarm_protocol.wire import WireLimits
 
@@ -162,20 +161,13 @@ class Proof:
     async def _peers(self) -> list[PeerId]:
         """Return whom to ask: nodes of this model in any order, then the first peers."""
         served, transport = self._served, self._transport
-        found: list[PeerId] = []
         try:
             async with asyncio.timeout(_LOOKUP_S):
-                values = await transport.directory.lookup(directory_keys(served.model, self._num_blocks))
+                records = await read_records(transport, served.model, self._num_blocks)
         except Exception as error:  # a directory passes on whatever happened below it
             logger.warning("the directory could not be read: %r", error)
-            values = {}
-        for owner, value in ((owner, value) for some in values.values() for owner, value in some.items()):
-            try:
-                record = unseal(value, PeerId(owner), verify, transport.now_s())
-            except InvalidRecordError:
-                continue
-            if record.state == "online":
-                found.append(PeerId(record.peer_id))
+            records = []
+        found = [PeerId(record.peer_id) for record in records if record.state == "online"]
         self._rng.shuffle(found)
         return [peer for peer in dict.fromkeys([*found, *self._initial_peers]) if peer != transport.peer_id]
 
@@ -190,18 +182,3 @@ Prove: TypeAlias = Callable[[], Awaitable[None]]
 
 async def needs_no_proof() -> None:
     """For a node that nobody has to try out."""
-
-
-async def is_proven(proving: Awaitable[None], stopped: Awaitable[None]) -> bool:
-    """Wait for the first of both and cancel the other; whether the proof was given. Raises what that one raised."""
-    tasks = [asyncio.ensure_future(proving), asyncio.ensure_future(stopped)]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            if task.done():
-                task.result()
-        return tasks[0].done()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

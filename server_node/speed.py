@@ -36,8 +36,8 @@ class RoutingFacts:
 class SpeedMeter:
     """Collects the times of steps. Belongs to the event loop."""
 
-    def __init__(self) -> None:
-        self.served = ServedWork()
+    def __init__(self, served: ServedWork | None = None) -> None:
+        self.served = served or ServedWork()
         self._block_step_s: float | None = None
         self._block_token_s: float | None = None
         self._queue_s = 0.0

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-STATES = ("opening", "loading", "joining", "online", "draining")
-"""In their order: the model is opened and the swarm joined; blocks are loaded; others try the node out; it serves; it
-leaves."""
+STATES = ("opening", "paused", "loading", "joining", "online", "draining")
+"""In their order: the model is opened and the swarm joined; the node waits for its owner's programs to leave the device
+alone; blocks are loaded; others try the node out; it serves; it leaves, or goes on to load other blocks, or to wait."""
 
 RECENT_S = 10.0
 """Over which tokens are counted as the present rate: long enough for a slow model's steps to be several."""

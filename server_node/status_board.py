@@ -18,26 +18,37 @@ class StatusBoard:
         self._started_s = self._clock()
         self._progress = (0, 0)
         self._parts: tuple[Transport, Node] | None = None
+        self._is_loaded = False
         self._is_online = False
+        self._is_waiting = False
 
     def loading(self, num_done: int, num_all: int) -> None:
         """Blocks are being loaded. Any thread may say so."""
         self._progress = (num_done, num_all)
 
+    def waiting(self, is_waiting: bool) -> None:
+        """It waits for its owner's programs to leave the device alone, or has waited."""
+        self._is_waiting = is_waiting
+
     def loaded(self, transport: Transport, node: Node) -> None:
-        """The node is there."""
-        self._parts = transport, node
+        """The node is there, and has blocks."""
+        self._parts, self._is_loaded = (transport, node), True
 
     def online(self) -> None:
         """It serves."""
         self._is_online = True
 
+    def unloaded(self) -> None:
+        """It has given its blocks up."""
+        self._progress, self._is_loaded, self._is_online = (0, 0), False, False
+
     def status(self) -> NodeStatus:
         """Return what is so now."""
         now_s = self._clock()
         num_done, num_all = self._progress
-        early = NodeStatus(
-            "loading" if num_all else "opening",
+        waiting = "paused" if self._is_waiting else "opening"
+        now = NodeStatus(
+            "loading" if num_all else waiting,
             self._model,
             software(),
             round(now_s - self._started_s, 3),
@@ -46,25 +57,32 @@ class StatusBoard:
             memory_bytes=_memory(),
         )
         if self._parts is None:
-            return early
+            return now
         transport, node = self._parts
-        admission, work = node.admission, node.speed.served
-        return replace(
-            early,
-            state="draining" if admission.is_draining else "online" if self._is_online else "joining",
-            model=admission.served.model,
+        served, work = node.admission.served, node.speed.served
+        now = replace(
+            now,
+            model=served.model,
             peer_id=transport.peer_id,
             addresses=tuple(transport.addresses),
-            blocks=str(admission.served.span),
-            num_sessions=len(node.sessions),
-            num_peers=admission.num_peers,
-            tokens_per_s=round(work.tokens_per_s(now_s), 3),
-            cache_tokens=admission.served.cache_tokens,
-            cache_used_tokens=admission.served.cache_tokens - admission.free_tokens,
             num_steps=work.num_steps,
             num_tokens=work.num_tokens,
             queue_s=round(work.queue_s, 6),
             errors=dict(work.errors),
+        )
+        return self._of_blocks(now, node, work.tokens_per_s(now_s)) if self._is_loaded else now
+
+    def _of_blocks(self, now: NodeStatus, node: Node, tokens_per_s: float) -> NodeStatus:
+        admission = node.admission
+        return replace(
+            now,
+            state="draining" if admission.is_draining else "online" if self._is_online else "joining",
+            blocks=str(admission.served.span),
+            num_sessions=len(node.sessions),
+            num_peers=admission.num_peers,
+            tokens_per_s=round(tokens_per_s, 3),
+            cache_tokens=admission.served.cache_tokens,
+            cache_used_tokens=admission.served.cache_tokens - admission.free_tokens,
         )
 
 

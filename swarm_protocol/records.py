@@ -30,6 +30,10 @@ MAX_PINGS = 8
 """Neighbours that a record names: about 520 of its bytes."""
 
 NodeState = Literal["joining", "online", "draining", "offline"]
+
+Placed = Literal["freely", "by_length", "by_owner"]
+"""Whether a node chooses its blocks by itself, within a number of them that its owner has fixed, or not at all."""
+
 Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
 Measured = Annotated[float, Meta(ge=0, le=60)]
 """Seconds that a node measured; a stranger writes them, so they are finite and of a size that can be reckoned with."""
@@ -43,7 +47,9 @@ class NodeRecord:
 
     `numerics` is equal for two nodes exactly if their KV caches are interchangeable. What follows `name` is for routing
     and may be missing: seconds per block of a decode step, seconds per block and token of a prefill (None where nothing
-    was measured), the wait in the queue lately, and round trips to peers that serve the blocks behind this node's.
+    was measured), the wait in the queue lately, and round trips to peers that serve the blocks behind this node's. Then
+    comes what other nodes plan by: how many blocks it has memory for, None where it does not say; how its blocks were
+    placed; and while it drains to take other blocks, which.
     """
 
     peer_id: ShortText
@@ -66,10 +72,22 @@ class NodeRecord:
     block_token_s: Measured | None = None
     queue_s: Measured = 0.0
     pings_s: Pings = ()
+    max_blocks: Block | None = None
+    placed: Placed = "by_owner"
+    next_blocks: tuple[Block, Block] | None = None
 
     def __post_init__(self) -> None:
         if self.start_block >= self.end_block or not is_model_name(self.model):
             raise ValueError("a record needs a non-empty span and a model name")
+        if self.next_blocks is not None and self.next_blocks[0] >= self.next_blocks[1]:
+            raise ValueError("blocks to take next are a non-empty span")
+
+    @property
+    def planned_span(self) -> Span | None:
+        """The blocks that the node serves or is about to serve; None if it leaves."""
+        if self.state in ("joining", "online"):
+            return self.span
+        return Span(*self.next_blocks) if self.state == "draining" and self.next_blocks is not None else None
 
     @property
     def span(self) -> Span:

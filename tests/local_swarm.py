@@ -6,7 +6,8 @@ from pathlib import Path
 from types import TracebackType
 
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig, NodeLimits
-from server_node.node import Observer, Online, run_node
+from server_node.life import run_node
+from server_node.node import Observer, Online
 from swarm_client.config import ClientConfig
 from swarm_client.loop_thread import LoopThread
 from swarm_client.swarm import Swarm

@@ -34,6 +34,7 @@ from swarm_client.time_log import TimeLog
 from swarm_protocol import errors
 from swarm_protocol.ids import PeerId
 from swarm_protocol.messages import MESSAGE_TYPES
+from swarm_protocol.move_claims import MoveClaim
 from swarm_protocol.records import NodeRecord
 from swarm_protocol.session_state import TRANSITIONS, State
 from swarm_protocol.spans import Span
@@ -154,9 +155,11 @@ def test_limits_are_those_of_the_code() -> None:
         assert ast.literal_eval(code_spans(value)[0]) == getattr(importlib.import_module(module), name), constant
 
 
-def test_every_field_of_a_record_is_explained() -> None:
-    (rows,) = tables(section(page("wire"), "The directory"))
-    assert [name for row in rows for name in code_spans(row[0])] == [f.name for f in dataclasses.fields(NodeRecord)]
+@pytest.mark.parametrize(("heading", "kind"), [("The directory", NodeRecord), ("Claims of moves", MoveClaim)])
+def test_every_field_of_a_record_is_explained(heading: str, kind: type) -> None:
+    (rows,) = tables(section(page("wire"), heading))
+    explained = [name for row in rows for name in code_spans(row[0])]
+    assert sorted(explained) == sorted(field.name for field in dataclasses.fields(kind))
 
 
 # --- configuration.md

@@ -9,13 +9,14 @@ some milliseconds (`gathering.py` says how long); the loop's timer ends that, or
 """
 
 import asyncio
+import gc
 import logging
 import sys
 import threading
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, overload
 
 import torch
@@ -129,8 +130,12 @@ class ComputeWorker:
         """Load the blocks that are to be served. `progress` is called on the device thread. Raises ModelError."""
         return await self._submit(self._load, model, span, device, progress)
 
+    async def unload(self, model: OpenedModel, device: str) -> OpenedModel:
+        """Give the memory of the blocks back, once nothing runs; return `model` with what is free then."""
+        return await self._submit(self._unload, model, device)
+
     def keep_prefixes(self, max_bytes: int) -> None:
-        """From now on keep so much of sessions' prefixes, for later sessions. To be called once, before any work."""
+        """From now on keep so much of sessions' prefixes, for later sessions. Once a load, before any work."""
         if self._runner is None:
             raise RuntimeError("no blocks are loaded")
         self._runner.prefixes.max_bytes = max_bytes
@@ -313,6 +318,13 @@ class ComputeWorker:
 
     async def _submit(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+    def _unload(self, model: OpenedModel, device: str) -> OpenedModel:
+        self._runner = None
+        gc.collect()  # blocks and what runs them may refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return replace(model, free_bytes=free_memory_bytes(torch.device(device)))
 
     def _load(self, model: OpenedModel, span: Span, device: str, progress: Progress | None) -> LoadedSpan:
         try:

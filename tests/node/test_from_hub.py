@@ -10,7 +10,8 @@ import torch
 
 from server_node import cli
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig
-from server_node.node import Observer, Online, run_node
+from server_node.life import run_node
+from server_node.node import Observer, Online
 from server_node.progress import show_progress
 from swarm_protocol.identity import load_identity
 from swarm_protocol.model import load_span, open_checkpoint

@@ -7,12 +7,15 @@ import pytest
 
 from server_node.announcer import Announcer
 from server_node.draining import IDLE_S
+from server_node.speed import RoutingFacts
 from swarm_protocol.messages import CloseSession, Draining, ErrorReply, SessionClosed, SessionResumed, Step
 from swarm_protocol.records import REFRESH_PERIOD_S
+from swarm_protocol.spans import Span
 from swarm_protocol.tensors import to_wire
 from swarm_protocol.transport.memory_net import MemoryNetwork
 from tests.node.node_scenario import (
     CACHE_TOKENS,
+    SPAN,
     assert_error,
     assert_output,
     ended,
@@ -26,6 +29,7 @@ from tests.node.node_scenario import (
     states,
     virtual,
 )
+from tests.node.swarm_looks import records_of
 
 
 @virtual
@@ -211,3 +215,28 @@ async def test_a_withdrawal_replaces_the_record_and_outlives_it():
     ((_, expires_at_s),) = (next(iter(values.values())) for values in network.records.values())
     assert expires_at_s > transport.now_s() + 30
     assert announcer.state == "offline"
+
+
+@virtual
+async def test_a_node_that_moves_is_found_at_its_new_blocks_alone():
+    network = MemoryNetwork()
+    transport = network.transport()
+    announcer = Announcer(transport, network.identity(transport.peer_id).sign, node_record(transport))
+    announcer.serving(100, lambda: 50, lambda: RoutingFacts(block_step_s=0.1))
+    await announcer.announce("online")
+    await announcer.announce("draining", Span(20, 22))
+    (record,) = records_of(network, 30)
+    assert (record.state, record.planned_span) == ("draining", Span(20, 22))
+    await announcer.move_to(Span(20, 22))
+    old, new = sorted(records_of(network, 30), key=lambda record: record.incarnation)
+    assert (old.span, old.state, old.next_blocks) == (SPAN, "offline", None)
+    assert (new.span, new.state, new.next_blocks) == (Span(20, 22), "joining", None)
+    assert (new.max_tokens, new.free_tokens, new.block_step_s) == (0, 0, None), "nothing of the old blocks is said"
+    assert announcer.published == new
+    await announcer.move_to(Span(21, 23))
+    assert len(records_of(network, 30)) == 2, "in the same place it replaces the former record"
+    await announcer.announce("offline")
+    refreshing = asyncio.create_task(announcer.run())
+    await asyncio.sleep(120)
+    assert records_of(network, 30) == [], "what is withdrawn is not refreshed"
+    refreshing.cancel()

@@ -9,17 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server_node.move_turns import (
-    CLAIM_LIFETIME_S,
+    CLAIM_BY_S,
     DWELL_S,
     JITTER_S,
-    Claim,
+    LOOK_SPREAD_S,
+    READ_AT_S,
+    ROUND_S,
+    may_claim,
     may_look,
     may_look_at_s,
+    next_look_s,
     round_of,
     winner,
 )
 from server_node.placement import Holder, Joiner, choose_span
 from server_node.placement_plan import MIN_GAIN, Move, Plan, better_span, next_moves, plan_moves
+from swarm_protocol.move_claims import MoveClaim
 from swarm_protocol.spans import Span, uncovered
 
 
@@ -249,8 +254,8 @@ def test_a_small_swarm_settles_near_its_best_and_then_rests():
         if plan is not None:
             num_planned += 1
             for number in range(len(plan.moves)):
-                claims = [Claim(move.peer_id, str(move.new), number) for move in next_moves(plan, swarm)]
-                turn = winner(claims, number * CLAIM_LIFETIME_S)
+                claims = [claim_of(move, number) for move in next_moves(plan, swarm)]
+                turn = winner(claims, number)
                 assert turn is not None
                 swarm = moved(swarm, next(move for move in plan.moves if move.peer_id == turn.peer_id))
                 assert min(tokens_per_s(24, swarm)) > 0
@@ -258,6 +263,23 @@ def test_a_small_swarm_settles_near_its_best_and_then_rests():
         assert plan_moves(24, swarm) is None
         assert min(tokens_per_s(24, swarm)) >= 0.7 * sum(1 / h.block_step_s for h in swarm if h.block_step_s) / 24
     assert num_planned
+
+
+def claim_of(move: Move, round_number: int) -> MoveClaim:
+    return MoveClaim(move.peer_id, move.new.start, move.new.end, round_number)
+
+
+def test_a_node_looks_once_a_round_and_in_time_to_claim():
+    for index in range(50):
+        peer_id, now_s = f"peer{index}", 10 * ROUND_S
+        look_s = next_look_s(peer_id, now_s)
+        assert now_s <= look_s <= now_s + LOOK_SPREAD_S
+        assert next_look_s(peer_id, look_s) == look_s
+        assert next_look_s(peer_id, look_s + 0.001) == look_s + ROUND_S
+        assert may_claim(round_of(look_s), look_s)
+    assert may_claim(10, 10 * ROUND_S + CLAIM_BY_S - 1)
+    assert not may_claim(10, 10 * ROUND_S + CLAIM_BY_S)
+    assert LOOK_SPREAD_S < CLAIM_BY_S < READ_AT_S < ROUND_S
 
 
 def test_a_node_stays_where_it_is_for_a_while_but_not_beside_a_hole():
@@ -272,12 +294,11 @@ def test_a_node_stays_where_it_is_for_a_while_but_not_beside_a_hole():
 def test_one_claim_of_a_round_wins_whatever_their_order_and_not_always_the_same_peers():
     winners = set()
     for number in range(40):
-        now_s = number * CLAIM_LIFETIME_S + 1
-        claims = [Claim(f"peer{index}", "0:4", round_of(now_s)) for index in range(5)]
-        won = winner(claims, now_s)
-        assert won == winner(claims[::-1], now_s)
+        claims = [MoveClaim(f"peer{index}", 0, 4, number) for index in range(5)]
+        won = winner(claims, number)
+        assert won == winner(claims[::-1], number)
         assert won is not None
         winners.add(won.peer_id)
-        assert winner(claims, now_s + CLAIM_LIFETIME_S) is None
+        assert winner(claims, number + 1) is None
     assert len(winners) == 5
-    assert winner([], 0.0) is None
+    assert winner([], 0) is None

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig
-from server_node.node import Observer, Online, best_address, run_node
+from server_node.life import run_node
+from server_node.node import Observer, Online, best_address
 from server_node.status_board import StatusBoard
 from swarm_protocol.errors import CheckpointError, ConfigError, PeerUnreachableError, StreamLostError
 from swarm_protocol.identity import load_identity, verify
