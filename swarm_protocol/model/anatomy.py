@@ -5,6 +5,7 @@ they were built with; only a base model, whose loop runs over its blocks, gets a
 """
 
 import copy
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,11 @@ class _NoPositions(nn.Module):
         return self._zero
 
 
+_building = threading.Lock()
+"""While a model is built torch's initializers and its default dtype are others, in the whole process: of two threads
+that build at once one would leave them so."""
+
+
 def build_empty(
     config: PreTrainedConfig, dtype: torch.dtype, model_class: type[PreTrainedModel] | None = None
 ) -> PreTrainedModel:
@@ -83,7 +89,7 @@ def build_empty(
     families.check_config(config)
     model_class = model_class or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
-        with torch.device("meta"), no_init_weights():
+        with _building, torch.device("meta"), no_init_weights():
             return model_class._from_config(copy.deepcopy(config), dtype=dtype)
     except (ImportError, LookupError, *families.CONFIG_ERRORS) as error:
         raise UnsupportedFamilyError(f"{config.model_type}: no model can be built of its config: {error}") from error
