@@ -16,7 +16,10 @@ def num_blocks_that_fit(free_bytes: int, block_bytes: int, num_blocks: int) -> i
 
 
 def num_blocks_to_hold(choice: ModelChoice, model: OpenedModel) -> int:
-    """Return how many blocks are to be loaded. Raises ConfigError if the model has not so many or memory is short."""
+    """Return how many blocks are to be loaded, by default all that memory and disk have room for.
+
+    Raises ConfigError if the model has not so many, or if what is asked for does not fit; it says what would.
+    """
     name, in_all = model.checkpoint.name, model.checkpoint.num_blocks
     if choice.blocks is not None and choice.blocks.end > in_all:
         raise ConfigError(f"{name} has the blocks 0:{in_all}, not {choice.blocks}")
@@ -25,13 +28,42 @@ def num_blocks_to_hold(choice: ModelChoice, model: OpenedModel) -> int:
     asked = choice.num_blocks if choice.blocks is None else len(choice.blocks)
     # Less than nothing may be left once a block is loaded.
     free_bytes = max(0, model.free_bytes - model.loading_bytes)
-    wanted = num_blocks_that_fit(free_bytes, model.block_bytes, in_all) if asked is None else asked
-    if not wanted or wanted * model.block_bytes > free_bytes:
-        raise ConfigError(
-            f"{max(1, wanted)} blocks of {name} take {gb(max(1, wanted) * model.block_bytes)} in "
-            f"{_held_as(model)}, but {gb(free_bytes)} are free: serve fewer, or choose a smaller dtype"
-        )
+    in_memory = num_blocks_that_fit(free_bytes, model.block_bytes, in_all)
+    on_disk = in_all if model.disk is None else min(in_all, model.disk.room_bytes // model.disk.block_bytes)
+    wanted = min(in_memory, on_disk) if asked is None else asked
+    if max(1, wanted) * model.block_bytes > free_bytes or (asked is None and not in_memory):
+        raise ConfigError(_too_big_for_memory(max(1, wanted), model, free_bytes, min(in_memory, on_disk)))
+    if max(1, wanted) > on_disk:
+        raise ConfigError(_too_big_for_disk(max(1, wanted), model, on_disk))
     return wanted
+
+
+def _too_big_for_memory(wanted: int, model: OpenedModel, free_bytes: int, fitting: int) -> str:
+    takes = f"{_taken(wanted, model.block_bytes, model)} in {_held_as(model)}, but {gb(free_bytes)} of memory are free"
+    smaller = "a smaller --dtype or --quantization"
+    if fitting:
+        return f"{takes}: {_would_fit(fitting)} with a KV cache: use --num-blocks {fitting}, or {smaller}"
+    if wanted * model.block_bytes <= free_bytes:  # nobody asked for a number
+        return f"{takes}, too little for a KV cache of half its size: use {smaller}, or --num-blocks 1 to try it"
+    return f"{takes}: not one block would fit with a KV cache: free memory, or use {smaller}"
+
+
+def _too_big_for_disk(wanted: int, model: OpenedModel, fitting: int) -> str:
+    assert model.disk is not None
+    what = "--max-disk leaves" if model.disk.is_bounded else "the disk has"
+    takes = f"{_taken(wanted, model.disk.block_bytes, model)} on disk, but {what} {gb(model.disk.room_bytes)} for them"
+    more = "free some, raise --max-disk or name" if model.disk.is_bounded else "free some, or name"
+    fewer = f"{_would_fit(fitting)}: use --num-blocks {fitting}, or" if fitting else "not one block would fit:"
+    return f"{takes}: {fewer} {more} another --cache-dir"
+
+
+def _taken(num_blocks: int, block_bytes: int, model: OpenedModel) -> str:
+    noun = "1 block" if num_blocks == 1 else f"{num_blocks} blocks"
+    return f"{noun} of {model.checkpoint.name} take{'s' if num_blocks == 1 else ''} {gb(num_blocks * block_bytes)}"
+
+
+def _would_fit(num_blocks: int) -> str:
+    return f"{num_blocks} block{'' if num_blocks == 1 else 's'} would fit"
 
 
 def cache_tokens_to_reserve(asked: int | None, loaded: LoadedSpan) -> int:
@@ -41,7 +73,8 @@ def cache_tokens_to_reserve(asked: int | None, loaded: LoadedSpan) -> int:
     if not tokens or tokens * per_token > loaded.free_bytes:
         raise ConfigError(
             f"a KV cache of {max(1, tokens)} tokens takes {gb(max(1, tokens) * per_token)}, but "
-            f"{gb(loaded.free_bytes)} are free: serve fewer blocks, or lower --cache-tokens"
+            f"{gb(loaded.free_bytes)} are free, enough for {loaded.free_bytes // per_token}: "
+            "serve fewer blocks, or lower --cache-tokens"
         )
     return tokens
 

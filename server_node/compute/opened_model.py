@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from server_node.compute.block_loader import module_bytes
 from server_node.compute.device import free_memory_bytes, usable_device
@@ -11,13 +12,23 @@ from server_node.compute.quantized_weights import Scheme
 from server_node.config import ModelChoice
 from swarm_protocol.model.anatomy import build_empty, find_anatomy
 from swarm_protocol.model.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarm_protocol.model.tensor_loading import TensorLoader
+
+
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    """What a block takes of the disk cache, and what there is for all; `is_bounded` by `--max-disk`, not the disk."""
+
+    block_bytes: int
+    room_bytes: int
+    is_bounded: bool
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
     """A checkpoint, and what one of its blocks takes on the device in the dtype and the scheme chosen for it.
 
-    `loading_bytes` is needed besides while blocks are loaded.
+    `loading_bytes` is needed besides while blocks are loaded. `disk` is None where nothing has to be downloaded.
     """
 
     checkpoint: Checkpoint
@@ -27,6 +38,7 @@ class OpenedModel:
     free_bytes: int
     scheme: Scheme | None = None
     loading_bytes: int = 0
+    disk: OnDisk | None = None
 
     @property
     def kernels(self) -> str:
@@ -49,15 +61,33 @@ def open_model(
     )
     chosen = _chosen_dtype(dtype, checkpoint, target, scheme)
     empty = build_empty(checkpoint.config, chosen)
+    disk = _on_disk(choice, checkpoint, empty)
     anatomy = find_anatomy(empty)
     blocks = getattr(empty.get_submodule(anatomy.decoder), anatomy.blocks)
     # Families with layers of several kinds differ by block: the largest one stands for all.
     plain_bytes = max(module_bytes(block) for block in blocks)
     if scheme is None:
-        return OpenedModel(checkpoint, chosen, target.type, plain_bytes, free_memory_bytes(target))
+        return OpenedModel(checkpoint, chosen, target.type, plain_bytes, free_memory_bytes(target), disk=disk)
     block_bytes = max(quantized_bytes(block, scheme) for block in blocks)
     # One block at a time is there as it is in the file.
-    return OpenedModel(checkpoint, chosen, target.type, block_bytes, free_memory_bytes(target), scheme, plain_bytes)
+    free_bytes = free_memory_bytes(target)
+    return OpenedModel(checkpoint, chosen, target.type, block_bytes, free_bytes, scheme, plain_bytes, disk)
+
+
+def _on_disk(choice: ModelChoice, checkpoint: Checkpoint, empty: PreTrainedModel) -> OnDisk | None:
+    """Measure the blocks that are asked for, else the largest of three: each may be in another file."""
+    last, loader = checkpoint.num_blocks - 1, TensorLoader(checkpoint, empty)
+    if choice.blocks is not None and choice.blocks.end <= checkpoint.num_blocks:
+        span = choice.blocks
+        room = loader.disk_room(range(span.start, span.end))
+        if room is None:
+            return None
+        return OnDisk(-(-room.needed_bytes // len(span)), room.room_bytes, room.is_bounded)
+    rooms = [room for block in sorted({0, last // 2, last}) if (room := loader.disk_room([block])) is not None]
+    if not rooms:
+        return None
+    largest = max(rooms, key=lambda room: room.needed_bytes)
+    return OnDisk(largest.needed_bytes, largest.room_bytes, largest.is_bounded)
 
 
 def _chosen_dtype(dtype: str, checkpoint: Checkpoint, device: torch.device, scheme: Scheme | None) -> torch.dtype:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,15 @@ from swarm_protocol.errors import CheckpointError, UnsupportedFamilyError
 from swarm_protocol.model import families, gguf_weights, hub
 from swarm_protocol.model.hub_shards import HubShards
 from swarm_protocol.model.piece_cache import PieceCache
-from swarm_protocol.model.safetensors_files import LocalShards, Shards, StoredTensor, TensorEntry, read_header, samples
+from swarm_protocol.model.safetensors_files import (
+    DiskRoom,
+    LocalShards,
+    Shards,
+    StoredTensor,
+    TensorEntry,
+    read_header,
+    samples,
+)
 
 Progress = Callable[[int, int], None]
 """Called with what is done and how much there is in all."""
@@ -67,6 +75,9 @@ class Checkpoint(Protocol):
 
     def prepare(self, names: Collection[str]) -> None:
         """Have these tensors on this machine, by `StoredTensor.names`. Raises CheckpointError if one cannot be had."""
+
+    def disk_room(self, names: Collection[str]) -> DiskRoom | None:
+        """Return what `prepare` needs of the disk, None if nothing has to be downloaded. Raises CheckpointError."""
 
     def conversions(self, model: PreTrainedModel) -> list[Any]:
         """Return transformers' renamings and mergers that lead from those names to `model`'s."""
@@ -161,16 +172,22 @@ class SafetensorsCheckpoint:
         return tensors
 
     def prepare(self, names: Collection[str]) -> None:
-        wanted: dict[str, list[TensorEntry]] = defaultdict(list)
-        for name in names:
-            wanted[self.file_of[name]].append(self._entry(name))
-        self.shards.prepare(wanted)
+        self.shards.prepare(self._by_file(names))
+
+    def disk_room(self, names: Collection[str]) -> DiskRoom | None:
+        return self.shards.disk_room(self._by_file(names))
 
     def conversions(self, model: PreTrainedModel) -> list[Any]:
         return list(get_model_conversion_mapping(model))
 
     def _stored(self, name: str) -> StoredTensor:
         return StoredTensor(lambda: self.shards.read(self.file_of[name], self._entry(name)), (name,))
+
+    def _by_file(self, names: Collection[str]) -> Mapping[str, Sequence[TensorEntry]]:
+        wanted: dict[str, list[TensorEntry]] = defaultdict(list)
+        for name in names:
+            wanted[self.file_of[name]].append(self._entry(name))
+        return wanted
 
     def _entry(self, name: str) -> TensorEntry:
         file_name = self.file_of[name]

@@ -36,7 +36,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from swarm_protocol.errors import CheckpointError, UnsupportedFamilyError
 from swarm_protocol.model import families
-from swarm_protocol.model.safetensors_files import StoredTensor, samples
+from swarm_protocol.model.safetensors_files import DiskRoom, StoredTensor, samples
 
 # GGUF files are named <model>-<encoding>.gguf or <model>.<encoding>.gguf by convention. The name inside the file is
 # often left over from training ("Mix1-Ep2"), so people, and the swarm, go by the file's.
@@ -97,6 +97,9 @@ class GgufCheckpoint:
 
     def prepare(self, names: Collection[str]) -> None:
         """Do nothing: the file is here."""
+
+    def disk_room(self, names: Collection[str]) -> DiskRoom | None:
+        return None
 
     def conversions(self, model: PreTrainedModel) -> list[Any]:
         return []

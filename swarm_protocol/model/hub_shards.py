@@ -22,6 +22,7 @@ from swarm_protocol.model.range_reads import NoRangesError, RemoteFacts, RemoteF
 from swarm_protocol.model.safetensors_files import (
     HEADER_START,
     MAX_HEADER_BYTES,
+    DiskRoom,
     TensorEntry,
     header_size,
     parse_header,
@@ -100,6 +101,19 @@ class HubShards:
             except NoRangesError:
                 self._fetch_whole(file_name)
         self._download.begin(0)
+
+    def disk_room(self, wanted: Mapping[str, Sequence[TensorEntry]]) -> DiskRoom | None:
+        """Return what `prepare` needs of the disk, None if every shard is there as a whole. Raises CheckpointError."""
+        pieces: list[Piece] = []
+        for file_name, entries in wanted.items():
+            self.entries(file_name)
+            if self._repository.cached(file_name) is None:
+                shard = self._shards[file_name]
+                pieces += [shard.header, *shard.pieces(entries)]
+        if not pieces:
+            return None
+        needed_bytes = sum(piece.disk_bytes for piece in pieces)
+        return DiskRoom(needed_bytes, self._cache.room_bytes(self._folder()), self._cache.max_bytes is not None)
 
     def read(self, file_name: str, entry: TensorEntry) -> torch.Tensor:
         """Return a tensor, downloaded if it was not prepared or if the disk damaged it. Raises CheckpointError."""

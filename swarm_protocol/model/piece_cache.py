@@ -110,6 +110,17 @@ class PieceCache:
             self._write_claim()
         return missing
 
+    def room_bytes(self, folder: str) -> int:
+        """Return how many bytes of pieces below `folder` can be kept, those that are there included."""
+        with self._locked():
+            claimed = self._claimed_by_others()
+            others = {piece.path for piece in claimed}
+            free_bytes = shutil.disk_usage(self.folder).free
+            spare = [(size, name) for _, size, name in self._stored() if name not in others]
+        if self.max_bytes is None:  # then nothing is ever deleted
+            return free_bytes + sum(size for size, name in spare if name.startswith(f"{folder}/"))
+        return max(0, min(self.max_bytes - _disk_bytes(claimed), free_bytes + sum(size for size, _ in spare)))
+
     def read_into(self, piece: Piece, view: memoryview) -> bool:
         """Fill `view`, of the piece's size, and return True; else False, and a piece that is damaged is gone."""
         path = self.folder / piece.path
@@ -181,7 +192,8 @@ class PieceCache:
                 f"{_gb(self.max_bytes or 0)}, of which {_gb(others)} are needed by others"
             )
         if self.max_bytes is not None:
-            self._evict(self.max_bytes - _disk_bytes(kept), {piece.path for piece in kept})
+            short_bytes = _disk_bytes(missing) - shutil.disk_usage(self.folder).free
+            self._evict(self.max_bytes - _disk_bytes(kept), short_bytes, {piece.path for piece in kept})
         free_bytes = shutil.disk_usage(self.folder).free
         if _disk_bytes(missing) > free_bytes:
             raise CheckpointError(
@@ -189,9 +201,11 @@ class PieceCache:
                 f"of {self.folder}"
             )
 
-    def _evict(self, spare_bytes: int, kept: Collection[str]) -> None:
+    def _evict(self, spare_bytes: int, short_bytes: int, kept: Collection[str]) -> None:
+        """Delete what is not `kept` until no more than `spare_bytes` of it are left and `short_bytes` are gone."""
         spare = [piece for piece in self._stored() if piece[2] not in kept]
         total = sum(size_bytes for _, size_bytes, _ in spare)
+        spare_bytes = min(spare_bytes, total - short_bytes)
         num_deleted = 0
         for _, size_bytes, name in sorted(spare):
             if total <= spare_bytes:

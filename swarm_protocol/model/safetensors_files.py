@@ -125,6 +125,18 @@ def tensor_of(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
     return data.view(entry.dtype).reshape(entry.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class DiskRoom:
+    """What tensors take on the disk, wherever they are now, and what they may take; `is_bounded` by the owner's word.
+
+    What is there already counts in both.
+    """
+
+    needed_bytes: int
+    room_bytes: int
+    is_bounded: bool
+
+
 class Shards(Protocol):
     """Where a checkpoint's safetensors files are. Any thread may read; one at a time may prepare."""
 
@@ -133,6 +145,9 @@ class Shards(Protocol):
 
     def prepare(self, wanted: Mapping[str, Sequence[TensorEntry]]) -> None:
         """Have the tensors of these files on this machine."""
+
+    def disk_room(self, wanted: Mapping[str, Sequence[TensorEntry]]) -> DiskRoom | None:
+        """Return what `prepare` would need of the disk; None if all is here."""
 
     def read(self, file_name: str, entry: TensorEntry) -> torch.Tensor: ...
 
@@ -151,6 +166,9 @@ class LocalShards:
 
     def prepare(self, wanted: Mapping[str, Sequence[TensorEntry]]) -> None:
         """Do nothing: they are here."""
+
+    def disk_room(self, wanted: Mapping[str, Sequence[TensorEntry]]) -> DiskRoom | None:
+        return None
 
     def read(self, file_name: str, entry: TensorEntry) -> torch.Tensor:
         return read_tensor(self._folder / file_name, entry)

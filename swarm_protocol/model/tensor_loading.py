@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from swarm_protocol.errors import CheckpointError
 from swarm_protocol.model.checkpoint import Checkpoint
-from swarm_protocol.model.safetensors_files import StoredTensor
+from swarm_protocol.model.safetensors_files import DiskRoom, StoredTensor
 
 _BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 """The first number in a tensor's name is its block's, for names of safetensors as for those of GGUF."""
@@ -40,8 +40,14 @@ class TensorLoader:
 
     def prepare(self, blocks: Iterable[int | None]) -> None:
         """Have the tensors of these blocks, and of the ends for None, on this machine. Raises CheckpointError."""
-        tensors = [tensor for block in blocks for tensor in self._groups[block].values()]
-        self._checkpoint.prepare([name for tensor in tensors for name in tensor.names])
+        self._checkpoint.prepare(self._names(blocks))
+
+    def disk_room(self, blocks: Iterable[int | None]) -> DiskRoom | None:
+        """Return what `prepare` would need of the disk; None if all is here. Raises CheckpointError."""
+        return self._checkpoint.disk_room(self._names(blocks))
+
+    def _names(self, blocks: Iterable[int | None]) -> list[str]:
+        return [name for block in blocks for tensor in self._groups[block].values() for name in tensor.names]
 
     def load(self, model: PreTrainedModel, device: torch.device, block: int | None) -> None:
         """Read the tensors of one block, or of the ends for None, into `model`."""

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -177,3 +178,32 @@ def test_notes_are_kept(tmp_path: Path) -> None:
     PieceCache(tmp_path).note("a/b.json", '{"c": 1}')
     assert PieceCache(tmp_path).noted("a/b.json") == '{"c": 1}'
     assert PieceCache(tmp_path).noted("a/c.json") is None
+
+
+def test_room_is_what_others_do_not_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [10 * ON_DISK]
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(piece_cache.shutil, "disk_usage", lambda _: usage(10**9, 10**9, free[0]))
+    mine, other = PieceCache(tmp_path, 6 * ON_DISK), PieceCache(tmp_path, 6 * ON_DISK)
+    assert mine.room_bytes("models--some--thing") == 6 * ON_DISK
+    fill(other, [piece(0), piece(1)])
+    assert mine.room_bytes("models--some--thing") == 4 * ON_DISK
+    fill(mine, [piece(2)])
+    free[0] = 2 * ON_DISK
+    assert mine.room_bytes("models--some--thing") == 3 * ON_DISK  # what is there already and what is free
+    assert PieceCache(tmp_path).room_bytes("models--some--thing") == 2 * ON_DISK
+
+
+def test_what_nobody_needs_goes_where_the_disk_itself_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(PieceCache(tmp_path, 9 * ON_DISK), [piece(0), piece(1), piece(2)])
+    for number in range(3):
+        age(tmp_path, piece(number), hours=3 - number)
+    usage = type(shutil.disk_usage("/"))
+
+    def disk_usage(_: object) -> object:
+        return usage(10**9, 10**9, ON_DISK + (3 - len(there(tmp_path, range(3)))) * ON_DISK)
+
+    monkeypatch.setattr(piece_cache.shutil, "disk_usage", disk_usage)
+    cache = PieceCache(tmp_path, 9 * ON_DISK)
+    assert cache.claim([piece(7), piece(8), piece(9)]) == [piece(7), piece(8), piece(9)]
+    assert there(tmp_path, range(3)) == [2]

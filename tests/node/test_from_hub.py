@@ -2,17 +2,22 @@
 
 import asyncio
 import logging
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from server_node import cli
+from server_node.capacity import num_blocks_to_hold
+from server_node.compute.opened_model import open_model
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig
 from server_node.life import run_node
 from server_node.node import Observer, Online
 from server_node.progress import show_progress
+from swarm_protocol.errors import ConfigError
 from swarm_protocol.identity import load_identity
 from swarm_protocol.model import load_span, open_checkpoint
 from swarm_protocol.spans import Span
@@ -63,6 +68,28 @@ def test_it_downloads_what_its_span_needs_and_tells_how_that_gets_on(
     # The first ones know of no size yet, as headers are read.
     assert [counts for counts in downloads if counts[1]][-1] == (size_bytes, size_bytes)
     assert hub.sent_bytes() < size_bytes + 10_000
+
+
+def test_a_node_takes_no_more_blocks_than_the_disk_cache_may_hold_and_says_how_many_those_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model("llama", tmp_path / "tiny", max_shard_size="1GB")
+    folder = load_span(open_checkpoint(str(tmp_path / "tiny")), SPAN, dtype=torch.float32, device=torch.device("cpu"))
+    block_bytes = sum(weight.nbytes for weight in folder.parameters()) // len(SPAN)
+    choice = ModelChoice(REPO, cache_dir=str(tmp_path / "cache"), max_disk_bytes=19 * block_bytes // 5)
+    with hub_of(tmp_path / "tiny", monkeypatch):
+        model = open_model(choice, "cpu", "auto", "none")
+        assert num_blocks_to_hold(choice, model) == 3
+        assert model.disk is not None
+        assert block_bytes < model.disk.block_bytes < block_bytes + 8000  # the file's header, checksums
+        for asked in (replace(choice, num_blocks=4), replace(choice, blocks=Span(0, 4))):
+            with pytest.raises(ConfigError, match=r"4 blocks of .* but --max-disk leaves .*: 3 blocks would fit"):
+                num_blocks_to_hold(asked, open_model(asked, "cpu", "auto", "none"))
+        unbounded = replace(choice, max_disk_bytes=None)
+        assert num_blocks_to_hold(unbounded, open_model(unbounded, "cpu", "auto", "none")) == 5
+        free = type(shutil.disk_usage("/"))(10**9, 10**9, 2 * block_bytes)
+        monkeypatch.setattr("swarm_protocol.model.piece_cache.shutil.disk_usage", lambda _: free)
+        assert num_blocks_to_hold(unbounded, open_model(unbounded, "cpu", "auto", "none")) == 1
 
 
 @pytest.mark.parametrize(
