@@ -1,4 +1,4 @@
-"""Pure: how a node is set up. `cli.py` builds these from its arguments; nothing else reads argv or the environment."""
+"""Pure: how a node is set up. `flags.py` builds these from the arguments and the environment that `cli.py` reads."""
 
 from dataclasses import dataclass, field
 

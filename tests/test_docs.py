@@ -18,6 +18,7 @@ import pytest
 import app.cli
 import app.demo
 import server_node.cli
+import server_node.flags
 import swarm_client
 from app import chat_protocol as chat
 from app import errors as site_errors
@@ -186,7 +187,7 @@ def config_rows(configs: Sequence[type] = CONFIGS) -> list[Row]:
 
 def built_by_node(*arguments: str) -> dict[type, object]:
     """Return the parts of what `umbel-node run` makes of its arguments."""
-    config = server_node.cli._node_config(server_node.cli._settings().parse(["run", "m", *arguments], {}))
+    config = server_node.flags.node_config(server_node.flags.settings().parse(["run", "m", *arguments], {}))
     return {type(part): part for part in (config, config.model, config.compute, config.network, config.limits)}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server_node import cli
+from server_node import cli, flags
 from server_node.capacity import num_blocks_to_hold
 from server_node.compute.opened_model import open_model
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig
@@ -96,8 +96,8 @@ def test_a_node_takes_no_more_blocks_than_the_disk_cache_may_hold_and_says_how_m
     ("text", "size_bytes"), [("50GB", 50 * 10**9), ("1.5g", 1_500_000_000), ("800 MB", 8 * 10**8), ("2T", 2 * 10**12)]
 )
 def test_a_bound_of_the_disk_is_a_size(text: str, size_bytes: int) -> None:
-    arguments = cli._settings().parse(["run", "m", "--max-disk", text], {})
-    assert cli._node_config(arguments).model.max_disk_bytes == size_bytes
+    arguments = flags.settings().parse(["run", "m", "--max-disk", text], {})
+    assert flags.node_config(arguments).model.max_disk_bytes == size_bytes
 
 
 def test_what_is_no_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

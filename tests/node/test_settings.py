@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from server_node import cli
+from server_node import cli, flags
 from swarm_protocol.errors import ConfigError
 from swarm_protocol.spans import Span
 
@@ -27,7 +27,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def parsed(*argv: str, **environ: str) -> dict[str, object]:
-    return vars(cli._settings().parse(argv, environ))
+    return vars(flags.settings().parse(argv, environ))
 
 
 def test_a_file_sets_what_the_command_line_could(file: Path) -> None:
