@@ -61,6 +61,7 @@ def network_config(arguments: argparse.Namespace) -> NetworkConfig:
         announce=tuple(arguments.announce),
         identity_path=arguments.identity,
         relay=arguments.relay,
+        relay_for_others=arguments.relay_for_others,
         map_ports=arguments.port_mapping,
     )
 
@@ -158,7 +159,13 @@ def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
         "--announce", nargs="+", action="extend", default=[], metavar="MADDR", help="addresses to tell others"
     )
     parser.add_argument("--identity", metavar="FILE", help="the peer's key, made if missing; default: a new one")
-    parser.add_argument("--no-relay", dest="relay", action="store_false", help="neither use nor be a relay")
+    relaying = parser.add_mutually_exclusive_group()
+    relaying.add_argument(
+        "--no-relay", dest="relay", action="store_false", help="do not reach others, nor be reached, through relays"
+    )
+    relaying.add_argument(
+        "--relay-for-others", action="store_true", help="carry the traffic of nodes that cannot be reached directly"
+    )
     parser.add_argument(
         "--no-port-mapping", dest="port_mapping", action="store_false", help="do not ask the router to forward the port"
     )

@@ -11,16 +11,18 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from server_node.admission import ServedSpan
 from server_node.swarm_records import read_records
-from swarm_protocol.errors import LimitExceededError, SwarmError, UnexpectedMessageError
+from swarm_protocol.errors import LimitExceededError, PeerUnreachableError, SwarmError, UnexpectedMessageError
 from swarm_protocol.ids import PeerId, short_peer
 from swarm_protocol.message_stream import MessageStream
 from swarm_protocol.messages import PROBE_PROTOCOL, ErrorReply, Probed, ProbeMe, error_reply
 from swarm_protocol.probe import PROBE_S, probe
 from swarm_protocol.transport.base import FrameStream, Transport
+from swarm_protocol.transport.reachability import unreachable_in_words
 from swarm_protocol.wire import WireLimits
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,14 @@ class Prober:
         return Probed()
 
 
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """Why a step did not go through; `is_unreachable` if a peer could not connect at all."""
+
+    text: str
+    is_unreachable: bool = False
+
+
 class Proof:
     """Gets this node tried out. Belongs to the event loop."""
 
@@ -112,15 +122,17 @@ class Proof:
             if not problems:
                 return
             again_s = _AGAIN_S[min(attempt, len(_AGAIN_S) - 1)]
+            is_unreachable = all(problem.is_unreachable for problem in problems)
             logger.warning(
-                "not online: no step from outside went through this node; trying again in %g s: %s",
-                again_s, "; ".join(problems),
+                "not online: no step from outside went through this node%s; trying again in %g s: %s",
+                f", {unreachable_in_words(self._transport.addresses)}" if is_unreachable else "",
+                again_s, "; ".join(problem.text for problem in problems),
             )  # fmt: skip
             await asyncio.sleep(again_s)
 
-    async def _ask_round(self) -> list[str]:
+    async def _ask_round(self) -> list[_Problem]:
         """Return nothing if a step went through, else what stood in the way."""
-        problems: list[str] = []
+        problems: list[_Problem] = []
         num_tried = 0
         for peer_id in await self._peers():
             try:
@@ -131,7 +143,8 @@ class Proof:
             if not answer.code:
                 logger.info("a step of %s went through this node", short_peer(peer_id))
                 return []
-            problems.append(f"{short_peer(peer_id)} says {answer.code}: {answer.message}")
+            text = f"{short_peer(peer_id)} says {answer.code}: {answer.message}"
+            problems.append(_Problem(text, answer.code == PeerUnreachableError.code))
             num_tried += 1
             if num_tried == _NUM_ASKED:
                 break
@@ -149,12 +162,13 @@ class Proof:
             raise UnexpectedMessageError(f"{reply} came, Probed was expected")
         return reply
 
-    async def _try_myself(self) -> list[str]:
+    async def _try_myself(self) -> list[_Problem]:
         try:
             async with self._outside_peer() as outside:
                 await probe(outside, self._transport.peer_id, self._request())
         except (SwarmError, OSError) as error:
-            return [f"nobody else is there to ask, and a second peer of this machine did not get through: {error}"]
+            text = f"nobody else is there to ask, and a second peer of this machine did not get through: {error}"
+            return [_Problem(text)]
         logger.info("nobody else is there to ask: a step of a second peer of this machine went through this node")
         return []
 

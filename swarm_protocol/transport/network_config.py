@@ -23,7 +23,10 @@ class NetworkConfig:
     """The Ed25519 key file (`identity.py`), made where there is none; None takes a key that is gone at the end."""
 
     relay: bool = False
-    """Reach others, and be reached, through relaying peers, and relay for others. Off on one machine and in tests."""
+    """Reach others, and be reached, through relaying peers. Off on one machine and in tests."""
+
+    relay_for_others: bool = False
+    """Carry the traffic of peers that are not reachable directly. Only when asked to: it is the owner's bandwidth."""
 
     map_ports: bool = False
     """Ask the router to forward the port (UPnP, NAT-PMP). Off by default: it changes a device that is not ours."""

@@ -134,9 +134,9 @@ def _flags(config: NetworkConfig, initial_peers: Sequence[str], files: DaemonFil
         "connManager": 1,
         "dhtClient" if config.client_mode else "dhtServer": 1,
         "natPortMap": int(config.map_ports),
-        "relay": int(config.relay),
+        "relay": int(config.relay or config.relay_for_others),
         "autoRelay": int(config.relay),
-        "relayService": int(config.relay and not config.client_mode),
+        "relayService": int(config.relay_for_others),
         "autonat": int(config.relay),
     }
     if config.client_mode and not config.relay:

@@ -139,6 +139,7 @@ def test_a_node_that_nobody_reaches_says_so_and_is_online_once_it_can_be(caplog:
             assert not node.online.is_set()
             assert (node.announcer.state, node.num_outside_peers) == ("joining", 0)
             assert "a firewall is in the way" in caplog.text
+            assert "not reachable directly, and through no relay" in caplog.text
             await first.serve(PROBE_PROTOCOL, Prober(first).serve)
             await node.online.wait()
 
