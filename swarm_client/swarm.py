@@ -11,15 +11,17 @@ from typing import Any
 
 from swarm_client.config import ClientConfig
 from swarm_client.loop_thread import LoopThread, join_network
+from swarm_client.model_swarm import ModelSwarm
 from swarm_client.prefix_hashes import KEY_BYTES
 from swarm_client.routing.costs import RouteWish
 from swarm_client.routing.find_route import Hop, ModelKey, find_throughput_route
 from swarm_client.routing.peer_health import PeerHealth
+from swarm_client.routing.seen import seen_swarm
 from swarm_client.routing.swarm_view import SwarmView
 from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.swarm_session import SwarmSession
 from swarm_protocol.errors import StepTimeoutError, SwarmError, UnexpectedMessageError, error_from_wire
-from swarm_protocol.ids import short_peer
+from swarm_protocol.ids import PeerId, short_peer
 from swarm_protocol.message_stream import MessageStream
 from swarm_protocol.messages import COMPUTE_PROTOCOL, ErrorReply, Forward, ForwardReply, WireTensor
 from swarm_protocol.spans import Span, describe_blocks, uncovered
@@ -75,6 +77,16 @@ class Swarm:
         spans = [r.span for r in view.records if r.state == "online" and r.revision == model.revision]
         return uncovered(spans, model.num_blocks)
 
+    def seen(self, model: ModelKey) -> ModelSwarm:
+        """Return what is known of the nodes of `model`, for those who show it, from the view that is kept.
+
+        Raises StepTimeoutError if there is no view and the directory does not answer.
+        """
+        watcher = self._watcher(model)
+        view = self.loop.run(watcher.view())
+        avoided, failing, now_s = self.loop.run(self._health_of(watcher))
+        return seen_swarm(view, model, avoided, failing, now_s)  # in this thread: it takes milliseconds
+
     def forward(self, model: ModelKey, hidden_states: WireTensor) -> tuple[WireTensor, ...]:
         """Run `hidden_states` (batch, seq, hidden) through all blocks without a cache; return them after every span.
 
@@ -101,6 +113,9 @@ class Swarm:
             watcher = SwarmWatcher(self._transport, model, self.config.view_age_s, self._health)
             watcher = self._watchers.setdefault(model, watcher)
         return watcher
+
+    async def _health_of(self, watcher: SwarmWatcher) -> tuple[frozenset[PeerId], frozenset[PeerId], float]:
+        return watcher.avoided, watcher.failing, self._transport.now_s()
 
     async def _close(self) -> None:
         for watcher in self._watchers.values():

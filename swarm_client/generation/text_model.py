@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from swarm_client.block_size import block_size
 from swarm_client.events import EventListener
 from swarm_client.generation.embedder import DistributedEmbedder
 from swarm_client.generation.ends_worker import ENDS_WORKER, ChosenToken, EndsRow
@@ -20,6 +21,7 @@ from swarm_client.generation.text_session import ChatMessage, SamplingParams, Te
 from swarm_client.generation.token_bytes import token_bytes
 from swarm_client.generation_times import GenerationTimes
 from swarm_client.inference_session import InferenceSession
+from swarm_client.model_swarm import ModelSwarm
 from swarm_client.remote_blocks import RemoteBlocks
 from swarm_protocol.errors import CancelledStepError, InvalidRequestError, MaxLengthError, SwarmError
 from swarm_protocol.model.checkpoint import Checkpoint
@@ -43,6 +45,7 @@ class DistributedTextModel:
         self.name = checkpoint.name
         limit = getattr(checkpoint.config, "max_position_embeddings", None)
         self.max_length = int(limit or DEFAULT_MAX_LENGTH)
+        self.block_size = block_size(checkpoint)
         self._encode_lock = threading.Lock()
         self._token_bytes: dict[int, bytes] = {}
 
@@ -99,6 +102,10 @@ class DistributedTextModel:
     def missing_blocks(self) -> Sequence[str]:
         """Return the runs of blocks that no node serves now, as people read them."""
         return [describe_blocks(span) for span in self._blocks.swarm.missing_blocks(self._blocks.model)]
+
+    def swarm(self) -> ModelSwarm:
+        """Return what is known of the model's nodes; see `TextModel`."""
+        return self._blocks.swarm.seen(self._blocks.model)
 
     @property
     def turn_stop(self) -> tuple[str, ...]:

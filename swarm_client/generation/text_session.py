@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 from swarm_client.events import EventListener
 from swarm_client.generation_times import GenerationTimes
+from swarm_client.model_swarm import BlockSize, ModelSwarm
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -172,3 +173,13 @@ class TextModel(Protocol):
 
     def missing_blocks(self) -> Sequence[str]:
         """Return the runs of blocks that no node serves now, as people read them; empty when one can generate."""
+
+    @property
+    def block_size(self) -> BlockSize:
+        """How much memory a block takes."""
+
+    def swarm(self) -> ModelSwarm:
+        """Return what is known of the model's nodes now, without asking anybody but for the first time.
+
+        Raises SwarmError if nothing can be known.
+        """

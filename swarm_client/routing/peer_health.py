@@ -84,10 +84,13 @@ class PeerHealth:
         self._failures = {p: f for p, f in self._failures.items() if now_s - f.at_s <= FORGET_S}
         self._refused_at_s = {p: at_s for p, at_s in self._refused_at_s.items() if now_s - at_s <= FORGET_S}
 
+    def failing(self, now_s: float) -> frozenset[PeerId]:
+        """Return the peers that failed and have not proven alive since."""
+        return frozenset(peer_id for peer_id, failure in self._failures.items() if not failure.is_proven(now_s))
+
     def avoided(self, now_s: float) -> frozenset[PeerId]:
-        """Return the peers that are not to be asked now."""
-        failed = {peer_id for peer_id, failure in self._failures.items() if not failure.is_proven(now_s)}
-        return frozenset(failed | self._refused_at_s.keys())
+        """Return the peers that are not to be asked now: the failing ones, and those that refused."""
+        return self.failing(now_s) | self._refused_at_s.keys()
 
     def due_pings(self, now_s: float) -> list[PeerId]:
         """Return the peers that only lack a ping to prove alive."""

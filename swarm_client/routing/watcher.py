@@ -113,6 +113,11 @@ class SwarmWatcher:
         """The peers that failed lately and have not proven alive since, and those that are full."""
         return self._health.avoided(self._transport.now_s())
 
+    @property
+    def failing(self) -> frozenset[PeerId]:
+        """Those of them that failed, rather than had no room."""
+        return self._health.failing(self._transport.now_s())
+
     def failed(self, peer_id: PeerId, error: SwarmError | None = None) -> None:
         """A session met `error` at a node: choose others until it proves alive, or says that it has room again."""
         now_s = self._transport.now_s()
