@@ -51,6 +51,14 @@ class GenerationLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class StatusConfig:
+    """What the site tells of the swarm, and how it finds out."""
+
+    events_max: int = 12  # listeners to the swarm's events, at most a quarter of http_threads; others ask again
+    events_s: float = 900.0  # after which a listener has to come again, so that all get a turn
+
+
+@dataclass(frozen=True, slots=True)
 class SecurityConfig:
     """Who may use what from where."""
 
@@ -74,6 +82,7 @@ class SiteConfig:
     sockets: SocketLimits = field(default_factory=SocketLimits)
     generation: GenerationLimits = field(default_factory=GenerationLimits)
     security: SecurityConfig = field(default_factory=SecurityConfig)
+    status: StatusConfig = field(default_factory=StatusConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -116,7 +125,7 @@ def _from_env(config: T, env: Mapping[str, str]) -> T:
     for part in fields(config):  # type: ignore[arg-type]
         default = getattr(config, part.name)
         name = "PORT" if part.name == "port" else f"UMBEL_{part.name.upper()}"
-        if isinstance(default, SocketLimits | GenerationLimits | SecurityConfig):
+        if isinstance(default, SocketLimits | GenerationLimits | SecurityConfig | StatusConfig):
             changes[part.name] = _from_env(default, env)
         elif name in env:
             changes[part.name] = _parse(name, env[name], default)

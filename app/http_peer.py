@@ -24,6 +24,11 @@ class HttpPeer:
         self.request_key = (environ.get("REMOTE_ADDR"), environ.get("PATH_INFO"), key) if key else None
         """By which the client knows its request, if it sends it again; None without."""
 
+    @property
+    def can_be_seen(self) -> bool:
+        """Whether it can be told that the client leaves."""
+        return self._sock is not None
+
     def is_gone(self) -> bool:
         """Return whether the client closed its connection."""
         if self._sock is None:

@@ -41,6 +41,15 @@ class ModelEntry:
     missing: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """One model as it is asked about its swarm; `model` None while it is not open."""
+
+    name: str
+    status: ModelStatus
+    model: TextModel | None
+
+
 class SwarmConnection:
     """The site's one connection to the swarm, shared by all models; made when the first of them is opened."""
 
@@ -113,11 +122,22 @@ class ModelRegistry:
         """Return all models in the configured order, the default one first."""
         return [self._entry(source) for source in self._sources]
 
-    def _entry(self, source: ModelSource) -> ModelEntry:
+    def opened(self) -> list[OpenedModel]:
+        """Return all models in the configured order, without asking them anything."""
+        return [self._opened(source) for source in self._sources]
+
+    def _opened(self, source: ModelSource) -> OpenedModel:
         model = self._models.get(source.name)
         if model is None:
             status: ModelStatus = "failed" if source.name in self._failed else "loading"
-            return ModelEntry(_public_name(source.name), status, None, ())
+            return OpenedModel(_public_name(source.name), status, None)
+        return OpenedModel(model.name, "ready", model)
+
+    def _entry(self, source: ModelSource) -> ModelEntry:
+        opened = self._opened(source)
+        model = opened.model
+        if model is None:
+            return ModelEntry(opened.name, opened.status, None, ())
         try:
             missing = tuple(model.missing_blocks())
         except SwarmError as error:

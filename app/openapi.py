@@ -17,6 +17,7 @@ from app.openai_replies import (
 )
 from app.openai_requests import ChatRequest, CompletionRequest, EmbeddingsRequest
 from app.request_models import OneShot
+from app.swarm_replies import PetalsState, SwarmEvent, SwarmReply
 
 Schema = dict[str, Any]
 
@@ -69,7 +70,7 @@ class Readiness(_Shape):
 REQUESTS = (ChatRequest, CompletionRequest, EmbeddingsRequest, OneShot)
 REPLIES = (
     ChatCompletion, ChatChunk, Completion, EmbeddingList, ModelList, ModelObject, ErrorBody, SiteErrorBody,
-    OneShotReply, Health, Readiness,
+    OneShotReply, Health, Readiness, PetalsState, SwarmEvent, SwarmReply,
 )  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def openapi_document(version: str) -> Schema:
             "description": "A chat site in front of a model that volunteers run together. docs/api.md has the rest.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "paths": {**_openai_paths(), **_site_paths()},
+        "paths": {**_openai_paths(), **_site_paths(), **_swarm_paths()},
         "components": {"schemas": found["$defs"]},
     }
 
@@ -253,6 +254,57 @@ def _site_paths() -> Schema:
                     _parameter("build_name", "path", "the build that the page belongs to"),
                     _parameter("name", "path", "the path of the file; it may contain slashes"),
                 ],
+            )
+        },
+    }  # fmt: skip
+
+
+def _swarm_paths() -> Schema:
+    unchanged = {"description": "it is what `If-None-Match` names"}
+    error = _json(SiteErrorBody, "an error")
+    event = {
+        "type": "object",
+        "properties": {
+            "event": {"const": "swarm"},
+            "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": _ref(SwarmEvent)},
+        },
+        "required": ["event", "data"],
+    }
+    model = _parameter("model", "query", "the id of a model; the first one without it")
+    language = _parameter("lang", "query", "a language, such as `fr`; else what `Accept-Language` asks for")
+    return {
+        "/api/v2/swarm": {
+            "get": _operation(
+                "swarm", "Who serves which blocks, what is missing, and whether one can chat",
+                {"200": _json(SwarmReply, "the state"), "304": unchanged, "default": error},
+            )
+        },
+        "/api/v2/swarm/events": {
+            "get": _operation(
+                "swarm_events", "The state of the models, now and whenever it changes",
+                {"200": {"description": "server-sent events", "content": {"text/event-stream": {"schema": event}}},
+                 "503": _json(SiteErrorBody, "as many listen as may"), "default": error},
+            )
+        },
+        "/api/v2/swarm/badge.svg": {
+            "get": _operation(
+                "swarm_badge", "A picture of a model's state, for other pages",
+                {"200": _text("the picture", "image/svg+xml"), "304": unchanged,
+                 "404": _json(SiteErrorBody, "there is no such model"), "default": error},
+                parameters=[model],
+            )
+        },
+        "/api/v1/state": {
+            "get": _operation(
+                "petals_state", "The state in the form of health.petals.dev",
+                {"200": _json(PetalsState, "the state"), "304": unchanged, "default": error},
+            )
+        },
+        "/swarm": {
+            "get": _operation(
+                "swarm_page", "The status page",
+                {"200": _text("the page", "text/html"), "default": _text("an error, in one sentence")},
+                parameters=[language],
             )
         },
     }  # fmt: skip

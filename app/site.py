@@ -13,6 +13,8 @@ from app.generation_queue import GenerationQueue
 from app.in_flight import InFlight
 from app.kept_conversations import AddressCount, KeptConversations
 from app.model_registry import ModelRegistry
+from app.own_version import site_version
+from app.swarm_board import SwarmBoard
 
 if TYPE_CHECKING:
     from app.chat_conversation import Conversation
@@ -113,6 +115,8 @@ class Site:
         self.kept: KeptConversations[Conversation] = KeptConversations(config.sockets)
         self.addresses = AddressCount(config.sockets.ws_per_address)
         self.drain = Drain(config.sockets.drain_s)
+        self.board = SwarmBoard(models, self.queue, site_version())
+        self.listeners = Places("listeners", min(config.status.events_max, config.http_threads // 4))
 
     @property
     def is_ready(self) -> bool:

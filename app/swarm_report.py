@@ -52,7 +52,7 @@ class NodeReport:
     quantization: str | None
     tokens_per_s: float | None
     cache_free: float | None
-    queue_s: float
+    free_tokens: int
     ping_s: float | None
     version: str
     is_outdated: bool
@@ -233,7 +233,7 @@ def _node_report(node: SeenNode, revision: str, own_version: str) -> NodeReport:
         quantization=_quantization(record),
         tokens_per_s=1 / seconds if seconds > 0 else None,
         cache_free=min(1.0, record.free_tokens / record.max_tokens) if record.max_tokens else None,
-        queue_s=record.queue_s,
+        free_tokens=record.free_tokens,
         ping_s=node.ping_s,
         version=clean_version(record.software),
         is_outdated=is_older(record.software, own_version),

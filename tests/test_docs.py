@@ -22,7 +22,7 @@ import server_node.flags
 import swarm_client
 from app import chat_protocol as chat
 from app import errors as site_errors
-from app.config import GenerationLimits, SecurityConfig, SiteConfig, SocketLimits, config_from_env
+from app.config import GenerationLimits, SecurityConfig, SiteConfig, SocketLimits, StatusConfig, config_from_env
 from app.limits import CloseCode
 from app.native_generation import offered_defaults, offered_limits
 from app.request_models import OneShot
@@ -43,15 +43,15 @@ from swarm_protocol.transport.network_config import NetworkConfig
 
 PART = RoutePart(Span(0, 1), PeerId("p"))
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("wire", "session", "configuration", "running-a-node", "api", "threat-model")
+PAGES = ("wire", "session", "configuration", "running-a-node", "api", "threat-model", "status-page")
 FILES = [*(ROOT / "docs" / f"{name}.md" for name in PAGES)]
 FILES += [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 
 CONFIGS = (
     NodeConfig, ModelChoice, ComputeChoice, NetworkConfig, NodeLimits, SiteConfig, SocketLimits, GenerationLimits,
-    SecurityConfig, ClientConfig,
+    SecurityConfig, StatusConfig, ClientConfig,
 )  # fmt: skip
-SITE_CONFIGS = (SiteConfig, SocketLimits, GenerationLimits, SecurityConfig)
+SITE_CONFIGS = (SiteConfig, SocketLimits, GenerationLimits, SecurityConfig, StatusConfig)
 NODE_CONFIGS = (NodeConfig, ModelChoice, ComputeChoice, NetworkConfig)
 
 FLAG_SAMPLES = {
@@ -192,7 +192,7 @@ def built_by_node(*arguments: str) -> dict[type, object]:
 
 
 def built_by_site(config: SiteConfig) -> dict[type, object]:
-    return {type(part): part for part in (config, config.sockets, config.generation, config.security)}
+    return {type(part): part for part in (config, config.sockets, config.generation, config.security, config.status)}
 
 
 def test_every_field_has_a_row_in_its_order() -> None:

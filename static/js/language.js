@@ -22,6 +22,7 @@ export async function setLanguage(known, name = null) {
   document.documentElement.lang = currentLanguage();
   document.documentElement.dir = directionOf(currentLanguage());
   translatePage();
+  for (const link of document.querySelectorAll('a.swarm-link')) link.href = `/swarm?lang=${currentLanguage()}`;
 }
 
 /** Fill in the texts of elements that name them: data-t for the content, data-t-NAME for the attribute. */

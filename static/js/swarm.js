@@ -1,7 +1,7 @@
 /** The swarm's state as the site tells it: asked for from time to time, and only while somebody looks. */
 
 import { byId, h } from './dom.js';
-import { t } from './i18n.js';
+import { currentLanguage, t } from './i18n.js';
 import { copyButton } from './message-actions.js';
 import { joinCommand, stateText } from './texts.js';
 
@@ -49,7 +49,7 @@ export class Swarm extends EventTarget {
     this.#shown = text;
     const note = byId('swarm-note');
     note.hidden = text === '';
-    note.replaceChildren(h('p', {}, text));
+    note.replaceChildren(h('p', {}, `${text} `, h('a', { class: 'swarm-link', href: `/swarm?lang=${currentLanguage()}` }, t('swarm.link'))));
     if (!isSlow && !isMissing) return;
     const command = joinCommand(model.id, peers);
     const code = h('code', { dir: 'ltr', tabindex: '0' }, command);

@@ -15,11 +15,12 @@ from functools import partial
 
 from flask import Flask, Response, jsonify
 
-from app.config import GenerationLimits, SecurityConfig, SiteConfig, SocketLimits
+from app.config import GenerationLimits, SecurityConfig, SiteConfig, SocketLimits, StatusConfig
 from app.factory import create_app, site_of
 from app.model_registry import ModelRegistry, ModelSource
 from app.server import serve
 from tests.app.fake_swarm import FakeModel, TalkingModel, scripted_reply
+from tests.app.swarms import SWARMS
 
 
 def make_app(config: SiteConfig, models: Sequence[FakeModel]) -> Flask:
@@ -46,6 +47,13 @@ def make_app(config: SiteConfig, models: Sequence[FakeModel]) -> Flask:
             reading_threads=sum("simple_websocket" in thread.name for thread in threading.enumerate()),
         )
 
+    @app.post("/test/swarm/<name>")
+    def change_swarm(name: str) -> Response:
+        for model in models:
+            model.nodes = SWARMS[name]()
+        site.board.forget()
+        return jsonify(ok=True)
+
     return app
 
 
@@ -68,6 +76,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--models", default="umbel/fake-1b", help="their names")
     parser.add_argument("--settings", default="{}", help="JSON with fields of the configuration's parts")
+    parser.add_argument("--swarm", default="complete", choices=SWARMS, help="who has the models' blocks")
     options = parser.parse_args()
     settings = json.loads(options.settings)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
@@ -77,9 +86,17 @@ def main() -> None:
         sockets=replace(SocketLimits(ws_max=32, drain_s=2.0), **settings.get("sockets", {})),
         generation=replace(GenerationLimits(), **settings.get("generation", {})),
         security=replace(SecurityConfig(), **settings.get("security", {})),
+        status=replace(StatusConfig(), **settings.get("status", {})),
+        initial_peers=tuple(settings.get("initial_peers", ())),
     )
     models = [
-        TalkingModel(name=name, delay_s=options.delay, max_length=options.max_length, reply=scripted_reply)
+        TalkingModel(
+            name=name,
+            delay_s=options.delay,
+            max_length=options.max_length,
+            reply=scripted_reply,
+            nodes=SWARMS[options.swarm](),
+        )
         for name in options.models.split(",")
     ]
     serve(config, lambda site_config: make_app(site_config, models))

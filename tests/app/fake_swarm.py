@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from swarm_client.events import EventListener, Recovered, RouteChanged, RoutePart, SessionEvent, Waiting
 from swarm_client.generation.text_session import ChatMessage, FinishReason, SamplingParams, TextDelta, TokenLogprobs
 from swarm_client.generation_times import GenerationTimes, HopTimes, TimeShares
+from swarm_client.model_swarm import BlockSize, ModelSwarm, SeenNode
 from swarm_protocol.errors import (
     CacheFullError,
     CancelledStepError,
@@ -22,8 +23,10 @@ from swarm_protocol.errors import (
 from swarm_protocol.ids import PeerId
 from swarm_protocol.spans import Span
 from tests.app.markdown_answers import ARABIC, HOSTILE, RICH, huge
+from tests.app.swarms import NUM_BLOCKS, complete
 
 EOS = "</s>"
+SIZE = BlockSize("bfloat16", 500_000_000, 160_000_000)
 PIECES = re.compile(r"</s>|<(?:user|assistant|system)>|\s*[^\s<]+|\s+|<")
 
 
@@ -63,6 +66,9 @@ class FakeModel:
     is_closed: bool = False
     vocabulary: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    nodes: Sequence[SeenNode] = field(default_factory=complete)
+    swarm_error: SwarmError | None = None
+    block_size: BlockSize = SIZE
     reply: Callable[[str], Sequence[str]] | None = None  # chooses the tokens by the last user message
 
     def token_id(self, piece: str) -> int:
@@ -94,6 +100,11 @@ class FakeModel:
 
     def missing_blocks(self) -> Sequence[str]:
         return self.missing
+
+    def swarm(self) -> ModelSwarm:
+        if self.swarm_error is not None:
+            raise self.swarm_error
+        return ModelSwarm(self.name, "rev", NUM_BLOCKS, time.time(), tuple(self.nodes), 0.08)
 
     def close(self) -> None:
         self.is_closed = True
