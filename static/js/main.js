@@ -4,22 +4,22 @@ import { answerOf, Chat } from './chat.js';
 import { Composer } from './composer.js';
 import { Connection } from './connection.js';
 import { contextUse } from './conversation.js';
-import { byId, h } from './dom.js';
+import { byId } from './dom.js';
 import { showShortcuts } from './dialogs.js';
 import { setUpFiles } from './files.js';
 import { t } from './i18n.js';
 import { setLanguage } from './language.js';
 import { Library } from './library.js';
 import { copyText } from './message-actions.js';
-import { MessageView } from './render.js';
 import { Follower } from './scroll.js';
 import { Settings } from './settings.js';
 import { shortcutOf } from './shortcuts.js';
 import { Sidebar } from './sidebar.js';
 import { Swarm } from './swarm.js';
-import { contextText, errorText, modelText, stateText } from './texts.js';
+import { contextText, modelText, stateText } from './texts.js';
 import { setUpTheme } from './theme.js';
-import { path, version } from './tree.js';
+import { Transcript } from './transcript.js';
+import { path } from './tree.js';
 
 const config = JSON.parse(byId('config').textContent);
 const library = new Library();
@@ -28,10 +28,7 @@ const swarm = new Swarm(config.models);
 
 let maxLength = 0;
 let isPaintDue = false;
-let paintedError = null;
 let paintedId = null;
-/** @type {Map<number, MessageView>} */
-const views = new Map();
 
 const say = (text) => (byId('status').textContent = text);
 const follower = new Follower(byId('scroller'), byId('to-end'));
@@ -55,6 +52,8 @@ const settings = new Settings({
 let modelId = (swarm.get(settings.model) ?? swarm.models[0])?.id ?? null;
 connection.model = modelId;
 const chat = new Chat({ connection, library, params: () => settings.params, maxFrameBytes: config.max_frame_bytes, say });
+const onCopied = (isCopied) => say(t(isCopied ? 'status.copied' : 'status.copy_refused'));
+const transcript = new Transcript({ chat, onCopied, onNew: () => newChat() });
 const sidebar = new Sidebar({ library, currentId: () => chat.conversation.id, onRename, onDelete, say });
 setUpFiles({ library, current: () => chat.conversation, say, onImported: () => show(library.get(chat.conversation.id)) });
 
@@ -96,8 +95,6 @@ function useModel(id) {
 async function changeLanguage(name) {
   await setLanguage(config.languages, name);
   clear(chat.conversation.id);
-  paintedError = null;
-  byId('alerts').replaceChildren();
   settings.repaint();
   settings.showModels(swarm.models);
   theme.label();
@@ -128,8 +125,7 @@ function paint() {
   isPaintDue = false;
   const { conversation } = chat;
   if (conversation.id !== paintedId) clear(conversation.id);
-  paintMessages(conversation);
-  paintAlert();
+  transcript.paint();
   byId('welcome').hidden = conversation.messages.length > 0;
   byId('temporary').setAttribute('aria-pressed', String(conversation.isTemporary));
   byId('temporary-note').hidden = !conversation.isTemporary;
@@ -156,47 +152,9 @@ function lengthOf(model) {
 
 function clear(id) {
   paintedId = id;
-  for (const view of views.values()) view.element.remove();
-  views.clear();
+  transcript.clear();
   sidebar.paintSoon();
   follower.toEnd();
-}
-
-const messageHandlers = {
-  onCopied: (isCopied) => say(t(isCopied ? 'status.copied' : 'status.copy_refused')),
-  onEdit: (key, text) => chat.edit(key, text),
-  onContinue: () => chat.continue(),
-  onRegenerate: (key) => chat.again(key),
-  onSwitch: (key, step) => chat.switchVersion(key, step),
-};
-
-function paintMessages(conversation) {
-  const shown = path(conversation);
-  const known = new Set(shown.map(({ key }) => key));
-  for (const [key, view] of views) {
-    if (known.has(key)) continue;
-    view.element.remove();
-    views.delete(key);
-  }
-  for (const message of shown) {
-    let view = views.get(message.key);
-    if (!view) {
-      view = new MessageView(message.role, messageHandlers);
-      views.set(message.key, view);
-      byId('messages').append(view.element);
-    }
-    view.update(message, { ...version(conversation, message), isBusy: chat.isGenerating, isLast: message === shown.at(-1) });
-  }
-}
-
-function paintAlert() {
-  const { error } = chat;
-  if (error === paintedError) return;
-  paintedError = error;
-  if (!error) return byId('alerts').replaceChildren();
-  const isFull = error.code === 'max_length_exceeded';
-  const button = h('button', { type: 'button', class: 'text-button', onclick: () => (isFull ? newChat() : chat.again()) }, t(isFull ? 'chat.new' : 'chat.retry'));
-  byId('alerts').replaceChildren(h('div', { class: 'alert', role: 'alert' }, h('p', {}, errorText(error)), button));
 }
 
 byId('shortcuts-open').addEventListener('click', () => {
@@ -229,12 +187,12 @@ addEventListener('keydown', (event) => {
 });
 
 async function copyLast(text) {
-  if (text) messageHandlers.onCopied(await copyText(text));
+  if (text) onCopied(await copyText(text));
 }
 
 function editLast() {
   const last = path(chat.conversation).findLast(({ role }) => role === 'user');
-  if (last && !chat.isGenerating) views.get(last.key)?.edit((text) => chat.edit(last.key, text));
+  if (last && !chat.isGenerating) transcript.edit(last.key);
 }
 
 // Where a keyboard on the screen covers the page instead of making it smaller.
