@@ -6,7 +6,8 @@ fast as the slowest), memory is for 5 to 60 % of the blocks (log-uniform), for 1
 
 How they live: nodes join one after the other and all at once, so that nobody moves in between; then they have four
 hours to settle; then for an hour a quarter of the nodes leaves and as many others come, at random; then they settle
-again. Claims for moves are won every two minutes, by one node each. All records are true and seen by all at once.
+again. Claims for moves are won every two minutes, by one node each; real nodes go to a block that is missing sooner.
+All records are true and seen by all at once.
 """
 
 import random
@@ -15,13 +16,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from server_node.move_turns import ROUND_S, may_look, round_of, winner
+from server_node.move_turns import ROUND_S as CLAIM_ROUND_S
+from server_node.move_turns import ROUNDS_FOR_SPEED, may_look, round_of, winner
 from server_node.placement import Holder, Joiner, choose_span, layout_of
 from server_node.placement_plan import MIN_GAIN, Plan, next_moves, plan_moves
 from server_node.placement_search import Floats, Layout, attainable
 from swarm_protocol.move_claims import MoveClaim
 from swarm_protocol.spans import Span
 
+ROUND_S = CLAIM_ROUND_S * ROUNDS_FOR_SPEED
 CHURN_S, SETTLING_S = 3600.0, 4 * 3600.0
 SHARE_REPLACED = 0.25
 

@@ -83,7 +83,7 @@ class Mover:
             return None
         logger.info("%s would serve the swarm better: claiming the next move", describe_blocks(target))
         claim = MoveClaim(
-            self._peer_id, target.start, target.end, number, self._announcer.published.revision, (number + 1) * ROUND_S
+            self._peer_id, target.start, target.end, number, self._announcer.published.revision, (number + 2) * ROUND_S
         )
         if not await self._store(claim):
             logger.warning("the directory did not take the claim")

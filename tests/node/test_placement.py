@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 from statistics import median
 
 import pytest
@@ -15,6 +16,7 @@ from server_node.move_turns import (
     LOOK_SPREAD_S,
     READ_AT_S,
     ROUND_S,
+    ROUNDS_FOR_SPEED,
     may_claim,
     may_look,
     may_look_at_s,
@@ -286,9 +288,11 @@ def test_a_node_stays_where_it_is_for_a_while_but_not_beside_a_hole():
     looks = [may_look_at_s(1000, f"peer{index}") for index in range(50)]
     assert all(1000 + DWELL_S <= look <= 1000 + DWELL_S + JITTER_S for look in looks)
     assert max(looks) - min(looks) > JITTER_S / 2
-    assert not may_look(1000, "a", 1000 + DWELL_S - 1, is_a_block_missing=False)
-    assert may_look(1000, "a", 1000 + DWELL_S + JITTER_S, is_a_block_missing=False)
-    assert may_look(1000, "a", 1000, is_a_block_missing=True)
+    rounds_s = [number * ROUND_S for number in range(200)]
+    for_speed = [now_s for now_s in rounds_s if may_look(1000, "a", now_s, is_a_block_missing=False)]
+    assert DWELL_S <= for_speed[0] - 1000 <= DWELL_S + JITTER_S + ROUNDS_FOR_SPEED * ROUND_S
+    assert {later - earlier for earlier, later in pairwise(for_speed)} == {ROUNDS_FOR_SPEED * ROUND_S}
+    assert all(may_look(1000, "a", now_s, is_a_block_missing=True) for now_s in rounds_s)
 
 
 def test_one_claim_of_a_round_wins_whatever_their_order_and_not_always_the_same_peers():
