@@ -12,6 +12,8 @@ from swarm_protocol.transport.network_config import NetworkConfig
 MAX_NAME_CHARS = 40
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _MOST_SECONDS = 86_400.0
+_LEAST_RATE = 125_000
+"""Bytes/s: the largest frame, of 2 MiB, takes 17 s then, and may take 60."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,6 +64,7 @@ def network_config(arguments: argparse.Namespace) -> NetworkConfig:
         identity_path=arguments.identity,
         relay=arguments.relay,
         relay_for_others=arguments.relay_for_others,
+        max_bytes_per_s=getattr(arguments, "max_bandwidth", None),
         map_ports=arguments.port_mapping,
     )
 
@@ -129,6 +132,10 @@ def _add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer-sessions", type=_positive, default=NodeLimits().max_sessions_per_peer, metavar="N",
         help="how many of them one peer may have; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-bandwidth", type=_rate, metavar="RATE",
+        help="in each direction, for all peers together, such as 20Mbit or 5MB (a second); default: no bound",
     )  # fmt: skip
     parser.add_argument(
         "--metrics-port", type=_port, default=0, metavar="N",
@@ -204,6 +211,14 @@ def _size(text: str) -> int:
     if not size_bytes:
         raise argparse.ArgumentTypeError(f"a size above 0 is needed, such as 50GB or 800MB, not {text!r}")
     return size_bytes
+
+
+def _rate(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGkmg])([Bb]it|B)(?:/s)?", text)
+    rate = int(float(found[1]) * _UNITS[found[2].upper()] / (1 if found[3] == "B" else 8)) if found else 0
+    if rate < _LEAST_RATE:
+        raise argparse.ArgumentTypeError(f"a rate of at least 1Mbit is needed, such as 20Mbit or 5MB, not {text!r}")
+    return rate
 
 
 def _seconds(text: str) -> float:

@@ -16,6 +16,7 @@ from server_node.config import NodeLimits
 from server_node.draining import drain_sessions
 from server_node.handlers import NodeHandlers
 from server_node.neighbours import NeighbourPings
+from server_node.paced_transport import paced
 from server_node.probing import Prober, Prove, needs_no_proof
 from server_node.sessions import SessionTable
 from server_node.speed import RoutingFacts, SpeedMeter
@@ -206,7 +207,7 @@ async def joined(
         transport = await open_network(replace(network, identity_path=path))
         try:
             _remove_all_in(Path(folder))  # the network has read the key; a process that is killed leaves none behind
-            yield transport, identity
+            yield paced(transport, network.max_bytes_per_s), identity
         finally:
             await transport.close()
 

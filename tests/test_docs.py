@@ -60,6 +60,7 @@ FLAG_SAMPLES = {
     "--port": "99", "--announce": "/ip4/1.2.3.4", "--identity": "key",
     "--prefix-tokens": "0", "--max-disk": "50GB", "--max-sessions": "4", "--peer-sessions": "2",
     "--peer-cache-share": "0.5", "--drain-timeout": "5", "--quantization": "int8",
+    "--max-bandwidth": "5MB",
 }  # fmt: skip
 
 

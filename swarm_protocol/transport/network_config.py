@@ -40,5 +40,8 @@ class NetworkConfig:
     rpc_timeout_s: float = 3.0
     """Seconds until a peer of the directory that does not answer is passed over; hivemind's own default."""
 
+    max_bytes_per_s: int | None = None
+    """In each direction, for all peers together, of frames; None is no bound. A node keeps to it, not the transport."""
+
     max_incoming_streams: int = 1024
     """Streams that others may have open here; one more is closed at once. 1,200 were run at once between two peers."""

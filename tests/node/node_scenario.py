@@ -21,6 +21,7 @@ from server_node.compute.work import Work
 from server_node.compute.worker import ComputeWorker
 from server_node.config import NodeLimits
 from server_node.node import Node
+from server_node.paced_transport import paced
 from swarm_protocol.errors import StreamLostError
 from swarm_protocol.identity import verify
 from swarm_protocol.messages import (
@@ -171,14 +172,19 @@ class Scenario:
 
 @asynccontextmanager
 async def serving_node(
-    worker: GatedWorker | None = None, network: MemoryNetwork | None = None, numerics: str = "test", **limits: Any
+    worker: GatedWorker | None = None,
+    network: MemoryNetwork | None = None,
+    numerics: str = "test",
+    max_bytes_per_s: int | None = None,
+    **limits: Any,
 ) -> AsyncIterator[Scenario]:
     network = network or MemoryNetwork()
     transport = network.transport()
     worker = worker or GatedWorker()
     announcer = Announcer(transport, network.identity(transport.peer_id).sign, node_record(transport))
     served = ServedSpan(MODEL, REVISION, SPAN, HIDDEN, "float32", CACHE_TOKENS, numerics)
-    node = Node(transport, announcer, worker, served, replace(WHOLE_CACHE, **limits))
+    on_network = paced(transport, max_bytes_per_s)
+    node = Node(on_network, announcer, worker, served, replace(WHOLE_CACHE, **limits))
     stop, online = asyncio.Event(), asyncio.Event()
     serving = asyncio.create_task(node.serve(stop, online.set), name="node")
     await online.wait()

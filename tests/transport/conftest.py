@@ -18,14 +18,16 @@ class Pair:
 
 
 @pytest_asyncio.fixture(
-    scope="module", loop_scope="module", params=["memory", pytest.param("hivemind", marks=pytest.mark.p2p)]
+    scope="module", loop_scope="module", params=["memory", "paced", pytest.param("hivemind", marks=pytest.mark.p2p)]
 )
 async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
-    if request.param == "memory":
+    if request.param != "hivemind":
+        from server_node.paced_transport import paced
         from swarm_protocol.transport.memory_net import MemoryNetwork
 
         network = MemoryNetwork()
-        peers = Pair(network.transport(), network.transport())
+        bytes_per_s = 10**9 if request.param == "paced" else None
+        peers = Pair(paced(network.transport(), bytes_per_s), paced(network.transport(), bytes_per_s))
     else:
         from swarm_protocol.transport.hivemind_net import NetworkConfig, open_transport
 
