@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from app.canary import Canary, CanaryHistory, runs_of
 from app.config import SiteConfig
 from app.errors import NoCapacityError
 from app.generation_queue import GenerationQueue
@@ -115,7 +116,9 @@ class Site:
         self.kept: KeptConversations[Conversation] = KeptConversations(config.sockets)
         self.addresses = AddressCount(config.sockets.ws_per_address)
         self.drain = Drain(config.sockets.drain_s)
-        self.board = SwarmBoard(models, self.queue, site_version())
+        self.history = CanaryHistory()
+        self.board = SwarmBoard(models, self.queue, site_version(), runs_of(self.history))
+        self.canary = Canary(models, self.queue, self.history, self.board.report, config.status)
         self.listeners = Places("listeners", min(config.status.events_max, config.http_threads // 4))
 
     @property
@@ -127,3 +130,4 @@ class Site:
         """Open the models and watch for the end. Called once, in the process that serves, after any fork."""
         self.drain.watch(is_alive)
         self.models.start(on_ready, on_failed)
+        self.canary.start(lambda: self.drain.is_started)

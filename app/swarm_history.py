@@ -30,6 +30,8 @@ class Run(Protocol):
     def first_token_s(self) -> float | None: ...
     @property
     def tokens_per_s(self) -> float | None: ...
+    @property
+    def min_replicas(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,10 @@ class SparkPoint:
 
 @dataclass(frozen=True, slots=True)
 class PeriodReport:
-    """One period. `uptime` is the share of answers that came, None without any; speeds are of those that came."""
+    """One period. `uptime` is the share of answers that came, None without any; speeds are of those that came.
+
+    `min_replicas` are the fewest nodes that any block had at one of them.
+    """
 
     length_s: float
     num_runs: int
@@ -61,6 +66,7 @@ class PeriodReport:
     lowest: float | None
     highest: float | None
     first_token_s: float | None
+    min_replicas: int | None
     points: tuple[SparkPoint, ...]
 
 
@@ -94,6 +100,7 @@ def period(runs: Sequence[Run], length_s: float, now: float) -> PeriodReport:
         min(speeds, default=None),
         max(speeds, default=None),
         median(waits) if waits else None,
+        min((run.min_replicas for run in inside), default=None),
         _points(inside, begin, length_s, max(speeds, default=0.0)),
     )
 

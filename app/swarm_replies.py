@@ -58,6 +58,7 @@ class SwarmPeriod(_Shape):
     first_token_s: float | None
     tokens_per_s_min: float | None
     tokens_per_s_max: float | None
+    min_replicas: int | None
 
 
 class SwarmIncident(_Shape):
@@ -235,6 +236,7 @@ def _period(period: PeriodReport) -> SwarmPeriod:
         first_token_s=_rounded(period.first_token_s, 2),
         tokens_per_s_min=_rounded(period.lowest),
         tokens_per_s_max=_rounded(period.highest),
+        min_replicas=period.min_replicas,
     )
 
 

@@ -58,7 +58,7 @@ class Texts:
     def size(self, size_bytes: float) -> str:
         """Return memory: 640 MB, 1.2 GB, 12 GB."""
         unit, value = ("unit.gb", size_bytes / 1e9) if size_bytes >= 0.95e9 else ("unit.mb", size_bytes / 1e6)
-        return self(unit, value=self.number(round(value) if value >= 10 or unit == "unit.mb" else round(value, 1)))
+        return self(unit, value=self.number(round(value, 1) if value < 10 else float(f"{value:.2g}")))
 
     def duration(self, seconds: float) -> str:
         """Return a round trip or a wait: 35 ms, 1.2 s."""

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ from app.factory import create_app, site_of
 from app.model_registry import ModelRegistry, ModelSource
 from app.server import serve
 from tests.app.fake_swarm import FakeModel, TalkingModel, scripted_reply
-from tests.app.swarms import SWARMS
+from tests.app.swarms import SWARMS, made_up_runs
 
 
 def make_app(config: SiteConfig, models: Sequence[FakeModel]) -> Flask:
@@ -51,6 +52,9 @@ def make_app(config: SiteConfig, models: Sequence[FakeModel]) -> Flask:
     def change_swarm(name: str) -> Response:
         for model in models:
             model.nodes = SWARMS[name]()
+            site.history.forget(model.name)
+            for run in made_up_runs(model.name, time.time(), is_well=name in ("complete", "degraded")):
+                site.history.add(run)
         site.board.forget()
         return jsonify(ok=True)
 
@@ -86,7 +90,7 @@ def main() -> None:
         sockets=replace(SocketLimits(ws_max=32, drain_s=2.0), **settings.get("sockets", {})),
         generation=replace(GenerationLimits(), **settings.get("generation", {})),
         security=replace(SecurityConfig(), **settings.get("security", {})),
-        status=replace(StatusConfig(), **settings.get("status", {})),
+        status=replace(StatusConfig(canary_s=0.0), **settings.get("status", {})),
         initial_peers=tuple(settings.get("initial_peers", ())),
     )
     models = [

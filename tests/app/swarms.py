@@ -1,8 +1,10 @@
 """Made-up swarms of a model with 40 blocks, by name, for pages and pictures."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
+from app.canary import CanaryRun
 from swarm_client.model_swarm import SeenNode
 from swarm_protocol.records import NodeRecord
 
@@ -53,6 +55,19 @@ def hostile() -> list[SeenNode]:
         seen(13, 0, 40, name="203.0.113.7", software="/ip4/203.0.113.8/tcp/31337", numerics="javascript:alert(1)"),
         seen(14, 39, 65000, name="\u202egnp.exe /dns/host.example/tcp/1", free_tokens=10**15),
     ]
+
+
+def made_up_runs(model: str, now: float, *, is_well: bool) -> list[CanaryRun]:
+    """A month of test answers, every two hours, with a bad night; the last day fails from noon on unless `is_well`."""
+    runs = []
+    for number in range(360, 0, -1):
+        is_down = 200 <= number <= 203 or (not is_well and number <= 3)
+        speed = 11 + 3 * math.sin(number / 9) + 2 * math.sin(number * 1.7)
+        if is_down:
+            runs.append(CanaryRun(model, now - 7200 * number, "missing_blocks", None, None, 0))
+        else:
+            runs.append(CanaryRun(model, now - 7200 * number, "ok", 0.5 + number % 4 / 10, speed, 2))
+    return runs
 
 
 SWARMS: dict[str, Callable[[], Sequence[SeenNode]]] = {

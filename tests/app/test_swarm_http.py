@@ -36,7 +36,7 @@ def make(*models: FakeModel, config: SiteConfig | None = None, loaded: bool = Tr
     ("name", "state", "message", "missing"),
     [
         ("complete", "ready", "You can chat now.", []),
-        ("degraded", "degraded", "only one node has blocks 34–39", []),
+        ("degraded", "degraded", "a single node each: blocks 34–39", []),
         ("incomplete", "incomplete", "nobody has blocks 20–27", ["20:28"]),
         ("down", "down", "nobody has any block", ["0:40"]),
     ],
