@@ -50,6 +50,8 @@ from swarm_protocol.transport.base import Transport
 
 logger = logging.getLogger(__name__)
 
+_CHOOSE_AGAIN_S = 60.0
+
 
 class Owner(Protocol):
     """Tells whether the owner's own programs use the device."""
@@ -162,7 +164,10 @@ class _Life:
                     await announcer.announce("offline")
                     if not await self._owner_is_away():
                         return
-                span = await self._choose(ending.next_span)
+                next_span = await self._choose_again(ending.next_span)
+                if next_span is None:
+                    return
+                span = next_span
                 await announcer.move_to(span)
 
     async def _stay(self, span: Span, announcer: Announcer) -> Ending:
@@ -234,6 +239,17 @@ class _Life:
         least = 1 if choice.num_blocks is None else most
         joiner = Joiner(most, min_blocks=least)
         return choose_span(checkpoint.num_blocks, joiner, holders_among(newest_of(others, checkpoint.revision)))
+
+    async def _choose_again(self, wanted: Span | None) -> Span | None:
+        """The same, as often as it takes; None if the node was asked to stop meanwhile."""
+        while True:
+            try:
+                return await self._choose(wanted)
+            except (SwarmError, OSError) as error:  # memory that others took, or a network that is away for now
+                logger.warning("no blocks can be taken now, trying again in %g s: %s", _CHOOSE_AGAIN_S, error)
+            if not await comes_first(asyncio.sleep(_CHOOSE_AGAIN_S), stopped_or_lost(self._stop, self._transport)):
+                return None
+            self._model = await self._worker.unload(self._model, self._config.compute.device)
 
     @property
     def _placed(self) -> Placed:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -14,7 +15,7 @@ from server_node.move_turns import ROUND_S
 from server_node.node import Observer, Online
 from server_node.speed import RoutingFacts, SpeedMeter
 from server_node.status_board import StatusBoard
-from swarm_protocol.errors import CheckpointError, StreamLostError
+from swarm_protocol.errors import CheckpointError, PeerUnreachableError, StreamLostError
 from swarm_protocol.identity import load_identity
 from swarm_protocol.messages import SESSION_PROTOCOL, Draining, OpenSession
 from swarm_protocol.records import NodeRecord
@@ -123,7 +124,8 @@ class RunNode:
     async def _open_network(self, config: NetworkConfig) -> Transport:
         transport = self.network.transport(load_identity(Path(config.identity_path or "")).peer_id)
         # What it opens later is the second peer that tries it out.
-        self.peer_id = self.peer_id or transport.peer_id
+        if not self.peer_id:
+            self.peer_id, self.transport = transport.peer_id, transport
         return transport
 
     def _on_loading(self, num_done: int, num_all: int) -> None:
@@ -280,7 +282,11 @@ def test_a_node_that_is_stopped_while_it_moves_leaves(folder: str):
     scenario()
 
 
-def test_a_node_pauses_while_its_owner_uses_the_device(folder: str):
+async def no_network(keys: object) -> NoReturn:
+    raise PeerUnreachableError("no network")
+
+
+def test_a_node_pauses_while_its_owner_uses_the_device(folder: str, caplog: pytest.LogCaptureFixture):
     @virtual
     async def scenario() -> None:
         owner = OwnerOnCall()
@@ -298,7 +304,12 @@ def test_a_node_pauses_while_its_owner_uses_the_device(folder: str):
         await asyncio.sleep(60)
         assert not node.is_listed()
         assert node.board.status().blocks is None
+        directory = node.transport.directory
+        lookup, directory.lookup = directory.lookup, no_network  # type: ignore[method-assign]
         owner.set(False)
+        await asyncio.sleep(300)
+        assert "no blocks can be taken now" in caplog.text
+        directory.lookup = lookup  # type: ignore[method-assign]
         assert await node.online(2) == Span(0, 3)
         assert node.record().state == "online"
         owner.set(True)
