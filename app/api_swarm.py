@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from app.errors import ModelNotFoundError, NoCapacityError
 from app.http_peer import HttpPeer, PeerGoneError
 from app.site import Site
-from app.swarm_replies import petals_state, swarm_event, swarm_reply
+from app.swarm_replies import ReachReply, petals_state, swarm_event, swarm_reply
 from app.swarm_svg import badge
 from app.swarm_texts import ENGLISH, texts_in
 
@@ -36,6 +36,14 @@ def register(app: Flask, site: Site) -> None:
     def state() -> Response:
         ids = [address.rpartition("/p2p/")[2][-6:] for address in initial_peers]
         return _cached(petals_state(site.board.report(), ids))
+
+    @app.get("/api/v1/is_reachable/<peer_id>")
+    def is_reachable(peer_id: str) -> Response:
+        found = site.reachability.check(peer_id)
+        reply = ReachReply(
+            success=found.is_ok, ok=found.is_ok, message=found.message, your_ip=request.remote_addr or ""
+        )
+        return Response(reply.model_dump_json(), mimetype="application/json")
 
     @app.get("/api/v2/swarm/badge.svg")
     def swarm_badge() -> Response:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 from app.config import SiteConfig
 from app.errors import ModelLoadingError, ModelNotFoundError
 from swarm_client.generation.text_session import TextModel
-from swarm_protocol.errors import SwarmError
+from swarm_protocol.errors import PeerUnreachableError, SwarmError
+from swarm_protocol.ids import PeerId
 
 if TYPE_CHECKING:
     from swarm_client import Swarm
@@ -66,6 +67,12 @@ class SwarmConnection:
             self._swarm = Swarm.connect(ClientConfig(initial_peers=self._initial_peers, relay=self._relay))
         return open_text_model(source, swarm=self._swarm)
 
+    def ping(self, peer_id: PeerId) -> float:
+        """Return the seconds of a round trip to a peer. Raises SwarmError if it does not answer."""
+        if self._swarm is None:
+            raise PeerUnreachableError("the site has not joined the swarm yet")
+        return self._swarm.ping(peer_id)
+
     def close(self) -> None:
         """Leave the swarm. Idempotent."""
         if self._swarm is not None:
@@ -76,14 +83,20 @@ def swarm_registry(config: SiteConfig) -> "ModelRegistry":
     """Return the models of `config`, to be opened through the swarm that its peers belong to."""
     connection = SwarmConnection(config.initial_peers, relay=config.relay)
     sources = [ModelSource(source, partial(connection.open_model, source)) for source in config.models]
-    return ModelRegistry(sources, connection.close)
+    return ModelRegistry(sources, connection.close, connection.ping)
 
 
 class ModelRegistry:
     """Opens models one after another in a thread of its own; every method may be called by any thread."""
 
-    def __init__(self, sources: Sequence[ModelSource], on_close: Callable[[], None] = lambda: None) -> None:
-        """`on_close` frees what the sources share."""
+    def __init__(
+        self,
+        sources: Sequence[ModelSource],
+        on_close: Callable[[], None] = lambda: None,
+        ping: Callable[[PeerId], float] | None = None,
+    ) -> None:
+        """`on_close` frees what the sources share. `ping` dials a peer of their swarm; None where there is none."""
+        self.ping = ping or _no_swarm
         self._sources = tuple(sources)
         self._on_close = on_close
         self._models: dict[str, TextModel] = {}
@@ -173,6 +186,10 @@ class ModelRegistry:
                 self._models[source.name] = model
                 return
         self._failed.add(source.name)
+
+
+def _no_swarm(_: PeerId) -> float:
+    raise PeerUnreachableError("these models are in no swarm")
 
 
 def _public_name(source: str) -> str:

@@ -17,7 +17,7 @@ from app.openai_replies import (
 )
 from app.openai_requests import ChatRequest, CompletionRequest, EmbeddingsRequest
 from app.request_models import OneShot
-from app.swarm_replies import PetalsState, SwarmEvent, SwarmReply
+from app.swarm_replies import PetalsState, ReachReply, SwarmEvent, SwarmReply
 
 Schema = dict[str, Any]
 
@@ -70,7 +70,7 @@ class Readiness(_Shape):
 REQUESTS = (ChatRequest, CompletionRequest, EmbeddingsRequest, OneShot)
 REPLIES = (
     ChatCompletion, ChatChunk, Completion, EmbeddingList, ModelList, ModelObject, ErrorBody, SiteErrorBody,
-    OneShotReply, Health, Readiness, PetalsState, SwarmEvent, SwarmReply,
+    OneShotReply, Health, Readiness, PetalsState, ReachReply, SwarmEvent, SwarmReply,
 )  # fmt: skip
 
 
@@ -298,6 +298,14 @@ def _swarm_paths() -> Schema:
             "get": _operation(
                 "petals_state", "The state in the form of health.petals.dev",
                 {"200": _json(PetalsState, "the state"), "304": unchanged, "default": error},
+            )
+        },
+        "/api/v1/is_reachable/{peer_id}": {
+            "get": _operation(
+                "is_reachable", "Whether the site gets through to a peer",
+                {"200": _json(ReachReply, "whether it does"), "400": _json(SiteErrorBody, "that is no peer id"),
+                 "503": _json(SiteErrorBody, "too many are looked for"), "default": error},
+                parameters=[_parameter("peer_id", "path", "the peer's id in base58")],
             )
         },
         "/swarm": {

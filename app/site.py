@@ -15,6 +15,7 @@ from app.in_flight import InFlight
 from app.kept_conversations import AddressCount, KeptConversations
 from app.model_registry import ModelRegistry
 from app.own_version import site_version
+from app.reach import Reachability
 from app.swarm_board import SwarmBoard
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class Site:
         self.history = CanaryHistory()
         self.board = SwarmBoard(models, self.queue, site_version(), runs_of(self.history))
         self.canary = Canary(models, self.queue, self.history, self.board.report, config.status)
+        self.reachability = Reachability(lambda peer_id: models.ping(peer_id))
         self.listeners = Places("listeners", min(config.status.events_max, config.http_threads // 4))
 
     @property

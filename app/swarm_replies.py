@@ -126,6 +126,15 @@ class SwarmEvent(_Shape):
     models: list[SwarmEventModel]
 
 
+class ReachReply(_Shape):
+    """Whether the site got through to a peer, under both names that the predecessor had. `your_ip` is the caller's."""
+
+    success: bool
+    ok: bool
+    message: str
+    your_ip: str
+
+
 class PetalsState(BaseModel):
     """What health.petals.dev's `/api/v1/state` said, as far as an Umbel swarm has it."""
 

@@ -24,6 +24,7 @@ from swarm_protocol.errors import StepTimeoutError, SwarmError, UnexpectedMessag
 from swarm_protocol.ids import PeerId, short_peer
 from swarm_protocol.message_stream import MessageStream
 from swarm_protocol.messages import COMPUTE_PROTOCOL, ErrorReply, Forward, ForwardReply, WireTensor
+from swarm_protocol.ping import measure_ping
 from swarm_protocol.spans import Span, describe_blocks, uncovered
 from swarm_protocol.tape import TapeBudget
 from swarm_protocol.transport.base import Transport
@@ -86,6 +87,10 @@ class Swarm:
         view = self.loop.run(watcher.view())
         avoided, failing, now_s = self.loop.run(self._health_of(watcher))
         return seen_swarm(view, model, avoided, failing, now_s)  # in this thread: it takes milliseconds
+
+    def ping(self, peer_id: PeerId) -> float:
+        """Dial a peer of the swarm; return the seconds of a round trip. Raises SwarmError if it does not answer."""
+        return self.loop.run(measure_ping(self._transport, peer_id))
 
     def forward(self, model: ModelKey, hidden_states: WireTensor) -> tuple[WireTensor, ...]:
         """Run `hidden_states` (batch, seq, hidden) through all blocks without a cache; return them after every span.

@@ -85,7 +85,7 @@ def test_failures_are_kept_by_their_code() -> None:
 
 
 def test_models_known_to_be_incomplete_are_not_asked() -> None:
-    model = FakeModel(nodes=SWARMS["incomplete"]())
+    model = FakeModel(nodes=SWARMS["incomplete"](), missing=["blocks 20–27"])
     world = World(model)
     world.pass_by(FIRST_S)
     assert [(run.outcome, run.min_replicas) for run in world.runs()] == [("missing_blocks", 0)]
