@@ -11,7 +11,7 @@ from typing import Protocol
 
 from server_node.admission import ServedSpan
 from server_node.announcer import Announcer
-from server_node.benchmark import measure_speed
+from server_node.benchmark import figures_of_this_machine, measure_speed
 from server_node.capacity import cache_tokens_to_reserve, gb, num_blocks_to_hold, prefix_tokens_to_keep
 from server_node.compute.opened_model import OpenedModel
 from server_node.compute.worker import ComputeWorker
@@ -37,12 +37,14 @@ from server_node.probing import OutsidePeer, Proof
 from server_node.status import ServedWork
 from server_node.swarm_holders import holders_among, newest_of
 from server_node.swarm_records import read_records
+from server_node.uplink import Uplink
 from server_node.waiting import comes_first, stopped_or_lost
 from swarm_protocol.errors import PeerUnreachableError, SwarmError
 from swarm_protocol.identity import Identity
 from swarm_protocol.ids import peer_in
 from swarm_protocol.messages import PROTOCOL_VERSIONS
 from swarm_protocol.model.checkpoint import Progress
+from swarm_protocol.model.hub import cache_folder
 from swarm_protocol.records import NodeRecord, Placed
 from swarm_protocol.spans import Span, describe_blocks
 from swarm_protocol.tensors import dtype_name
@@ -133,6 +135,7 @@ class _Life:
         self._outside = outside
         self._work = ServedWork()
         self._owner = owner
+        self._figures = figures_of_this_machine(config)
 
     async def live(self) -> None:
         """Serve, stay after stay, until stopped. Raises what stands in the way of the first stay, and of two in a row.
@@ -175,21 +178,35 @@ class _Life:
         observer, served = self._observer, await self._load(span)
         node = Node(self._transport, announcer, self._worker, served, self._config.limits, self._work)
         observer.on_loaded(self._transport, node)
-        await measure_speed(self._worker, served, node.speed)
+        await measure_speed(self._worker, served, node.speed, self._figures)
         online = Online(served.model, span, best_address(self._transport.addresses))
         num_blocks = self._model.checkpoint.num_blocks
         initial_peers = [peer_in(address) for address in self._config.network.initial_peers]
         proof = Proof(self._transport, served, num_blocks, initial_peers, self._outside)
+        is_online = asyncio.Event()
+        measuring = asyncio.create_task(self._know_uplink(is_online, proof, node), name="uplink")
+
+        def on_online() -> None:
+            is_online.set()
+            observer.on_online(online)
+
         try:
             return await node.serve(
                 self._stop,
-                lambda: observer.on_online(online),
+                on_online,
                 observer.on_draining,
                 proof.given,
                 partial(self._wish, announcer),
             )
         finally:
+            measuring.cancel()
+            await asyncio.gather(measuring, return_exceptions=True)
             observer.on_unloaded()
+
+    async def _know_uplink(self, is_online: asyncio.Event, proof: Proof, node: Node) -> None:
+        await is_online.wait()
+        uplink = Uplink(self._transport, cache_folder(self._config.model.cache_dir), node.speed)
+        await uplink.know(proof.peers)
 
     async def _wish(self, announcer: Announcer) -> Ending:
         """Return why the node should end its stay, once it should."""

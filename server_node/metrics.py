@@ -40,9 +40,15 @@ class _Facts(Collector):
             ("cache_tokens", "Size of the KV cache.", now.cache_tokens),
             ("cache_used_tokens", "Reserved by sessions.", now.cache_used_tokens),
             ("memory_bytes", "Resident memory of the process.", now.memory_bytes),
+            ("prompt_tokens_per_second", "Measured before the blocks were served.", now.prompt_tokens_per_s),
+            ("uplink_bytes_per_second", "Measured to other peers.", now.uplink_bytes_per_s),
         ):
             if value is not None:
                 yield GaugeMetricFamily(f"umbel_node_{name}", what, value=value)
+        steps = GaugeMetricFamily("umbel_node_decode_steps_per_second", "Measured likewise.", labels=["rows"])
+        for rows, rate in now.decode_steps_per_s.items():
+            steps.add_metric([rows], rate)
+        yield steps
         # A step puts out as many tokens as it takes in.
         yield CounterMetricFamily("umbel_node_tokens", "Computed for sessions.", value=now.num_tokens)
         yield CounterMetricFamily("umbel_node_steps", "Computed for sessions.", value=now.num_steps)

@@ -16,11 +16,18 @@ from typing import TypeAlias
 
 from server_node.admission import ServedSpan
 from server_node.swarm_records import read_records
-from swarm_protocol.errors import LimitExceededError, PeerUnreachableError, SwarmError, UnexpectedMessageError
+from swarm_protocol.errors import (
+    LimitExceededError,
+    PeerUnreachableError,
+    StreamLostError,
+    SwarmError,
+    UnexpectedMessageError,
+)
 from swarm_protocol.ids import PeerId, short_peer
 from swarm_protocol.message_stream import MessageStream
-from swarm_protocol.messages import PROBE_PROTOCOL, ErrorReply, Probed, ProbeMe, error_reply
+from swarm_protocol.messages import PROBE_PROTOCOL, ErrorReply, Payload, PayloadArrived, Probed, ProbeMe, error_reply
 from swarm_protocol.probe import PROBE_S, probe
+from swarm_protocol.probe_messages import MAX_PAYLOAD_BYTES, MAX_PAYLOADS
 from swarm_protocol.transport.base import FrameStream, Transport
 from swarm_protocol.transport.reachability import unreachable_in_words
 from swarm_protocol.wire import WireLimits
@@ -37,7 +44,7 @@ _MAX_AT_ONCE = 4
 _PERIOD_S = 2.0
 _MAX_REMEMBERED = 1000
 _FIRST_MESSAGE_S = 15.0
-_LIMITS = WireLimits(max_payload_bytes=1024)
+_LIMITS = WireLimits(MAX_PAYLOAD_BYTES)
 
 OutsidePeer: TypeAlias = Callable[[], AbstractAsyncContextManager[Transport]]
 """Joins the network as another peer, which knows this node's addresses."""
@@ -57,13 +64,18 @@ class Prober:
         try:
             async with asyncio.timeout(_FIRST_MESSAGE_S):
                 asked = await messages.receive()
-            if not isinstance(asked, ProbeMe):
+            if not isinstance(asked, ProbeMe | Payload):
                 raise UnexpectedMessageError(f"{type(asked).__name__} has no place on a stream for probes")
             self._admit(stream.peer_id)
             try:
-                await messages.send(await self._try(stream.peer_id, asked))
+                if isinstance(asked, Payload):
+                    await _take_payloads(messages, asked)
+                else:
+                    await messages.send(await self._try(stream.peer_id, asked))
             finally:
                 self._running.discard(stream.peer_id)
+        except StreamLostError:
+            logger.debug("a stream for probes ended peer=%s", short_peer(stream.peer_id))
         except TimeoutError:
             logger.debug("nothing was asked on a stream for probes peer=%s", short_peer(stream.peer_id))
         except SwarmError as error:
@@ -86,6 +98,21 @@ class Prober:
             return Probed(error.code[:64], str(error)[:1000])
         logger.debug("a step through %s went well", short_peer(peer_id))
         return Probed()
+
+
+async def _take_payloads(messages: MessageStream, first: Payload) -> None:
+    """Say of each payload that it is there, as long as there are not too many bytes of them, until the stream ends."""
+    num_bytes, payload = 0, first
+    async with asyncio.timeout(_FIRST_MESSAGE_S):
+        for _ in range(MAX_PAYLOADS):
+            num_bytes += memoryview(payload.values.data).nbytes
+            if num_bytes > MAX_PAYLOAD_BYTES:
+                raise LimitExceededError(f"{num_bytes} bytes of payloads, {MAX_PAYLOAD_BYTES} are allowed")
+            await messages.send(PayloadArrived())
+            message = await messages.receive()
+            if not isinstance(message, Payload):
+                raise UnexpectedMessageError(f"{type(message).__name__} has no place among payloads")
+            payload = message
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +161,7 @@ class Proof:
         """Return nothing if a step went through, else what stood in the way."""
         problems: list[_Problem] = []
         num_tried = 0
-        for peer_id in await self._peers():
+        for peer_id in await self.peers():
             try:
                 answer = await self._ask(peer_id)
             except Exception as error:  # a peer that cannot be asked says nothing about this node
@@ -172,7 +199,7 @@ class Proof:
         logger.info("nobody else is there to ask: a step of a second peer of this machine went through this node")
         return []
 
-    async def _peers(self) -> list[PeerId]:
+    async def peers(self) -> list[PeerId]:
         """Return whom to ask: nodes of this model in any order, then the first peers."""
         served, transport = self._served, self._transport
         try:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from server_node.compute.work import Computed
+from server_node.figures import Figures
 from server_node.status import ServedWork
 from swarm_protocol.records import Pings
 
@@ -38,10 +39,18 @@ class SpeedMeter:
 
     def __init__(self, served: ServedWork | None = None) -> None:
         self.served = served or ServedWork()
+        self.figures: Figures | None = None
+        self.uplink_bytes_per_s: float | None = None
         self._block_step_s: float | None = None
         self._block_token_s: float | None = None
         self._queue_s = 0.0
         self._waited_s = 0.0
+
+    def measured(self, figures: Figures) -> None:
+        """Begin with what was measured of the blocks, before anybody used them."""
+        self.figures = figures
+        self._block_step_s = figures.decode_s[1]
+        self._block_token_s = figures.block_token_s
 
     def ran(self, output: Computed, num_blocks: int, now_s: float) -> None:
         """Count a session's step through `num_blocks` blocks that has just been computed.

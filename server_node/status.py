@@ -40,6 +40,12 @@ class NodeStatus:
     num_tokens: int = 0
     queue_s: float = 0.0
     """That steps have waited, in all."""
+    decode_steps_per_s: Mapping[str, float] = field(default_factory=dict)
+    """Of the span as it was measured before it served, by the rows of a step."""
+    prompt_tokens_per_s: float | None = None
+    """Measured likewise."""
+    uplink_bytes_per_s: float | None = None
+    """To other peers, measured."""
     errors: Mapping[str, int] = field(default_factory=dict)
     """Steps and openings that were refused or failed, by the code of the error."""
 
@@ -126,6 +132,8 @@ def status_table(status: NodeStatus) -> str:
         ("sessions", str(status.num_sessions)),
         ("peers", str(status.num_peers)),
         ("speed", f"{status.tokens_per_s:.1f} tokens/s in the last {RECENT_S:g} s"),
+        ("measured", _measured(status)),
+        ("uplink", "unknown" if status.uplink_bytes_per_s is None else f"{status.uplink_bytes_per_s / 1e6:.2f} MB/s"),
         ("served", f"{status.num_tokens} tokens in {status.num_steps} steps"),
         ("cache", f"{status.cache_used_tokens} of {status.cache_tokens} tokens"),
         ("errors", ", ".join(f"{count} {code}" for code, count in sorted(status.errors.items())) or "none"),
@@ -134,6 +142,15 @@ def status_table(status: NodeStatus) -> str:
         ("software", status.software),
     ]
     return "\n".join(f"{name:<9} {value}" for name, value in rows)
+
+
+def _measured(status: NodeStatus) -> str:
+    steps = [f"{rate:.1f} steps/s of {rows}" for rows, rate in status.decode_steps_per_s.items()]
+    if steps:
+        steps[-1] += " rows"
+    if status.prompt_tokens_per_s is not None:
+        steps.append(f"{status.prompt_tokens_per_s:.1f} tokens/s of prompts")
+    return ", ".join(steps) or "unknown"
 
 
 def _counted(count: int, noun: str) -> str:

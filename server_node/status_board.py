@@ -3,6 +3,7 @@
 import asyncio
 import os
 from dataclasses import replace
+from typing import Any
 
 from server_node.node import Node, software
 from server_node.status import NodeStatus
@@ -69,6 +70,7 @@ class StatusBoard:
             num_tokens=work.num_tokens,
             queue_s=round(work.queue_s, 6),
             errors=dict(work.errors),
+            **_measured(node),
         )
         return self._of_blocks(now, node, work.tokens_per_s(now_s)) if self._is_loaded else now
 
@@ -84,6 +86,17 @@ class StatusBoard:
             cache_tokens=admission.served.cache_tokens,
             cache_used_tokens=admission.served.cache_tokens - admission.free_tokens,
         )
+
+
+def _measured(node: Node) -> dict[str, Any]:
+    figures, num_blocks = node.speed.figures, len(node.admission.served.span)
+    found: dict[str, Any] = {"uplink_bytes_per_s": node.speed.uplink_bytes_per_s}
+    if figures is not None:
+        found["decode_steps_per_s"] = {
+            str(rows): round(rate, 3) for rows, rate in figures.steps_per_s(num_blocks).items()
+        }
+        found["prompt_tokens_per_s"] = round(figures.prompt_tokens_per_s(num_blocks), 3)
+    return found
 
 
 def _memory() -> int | None:

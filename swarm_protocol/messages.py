@@ -34,6 +34,8 @@ from msgspec import Meta
 from swarm_protocol.errors import SwarmError
 from swarm_protocol.ids import ID_BYTES
 from swarm_protocol.probe_messages import PROBE_PROTOCOL as PROBE_PROTOCOL
+from swarm_protocol.probe_messages import Payload as Payload
+from swarm_protocol.probe_messages import PayloadArrived as PayloadArrived
 from swarm_protocol.probe_messages import Probed as Probed
 from swarm_protocol.probe_messages import ProbeMe as ProbeMe
 from swarm_protocol.spans import Span
@@ -335,6 +337,8 @@ Message = (
     | Pages
     | ProbeMe
     | Probed
+    | Payload
+    | PayloadArrived
 )
 
 MESSAGE_TYPES: tuple[type[Message], ...] = Message.__args__

@@ -4,6 +4,10 @@ The node asks a peer, on a stream under `PROBE_PROTOCOL`, which then dials it, o
 runs one token through its blocks:
 
     ProbeMe → Probed | ErrorReply        what became of it; an error means that it was not tried
+
+On another stream of the same protocol it may measure its uplink, with some bytes that mean nothing:
+
+    Payload → PayloadArrived             up to `MAX_PAYLOADS` times, `MAX_PAYLOAD_BYTES` in all
 """
 
 from dataclasses import dataclass
@@ -12,8 +16,12 @@ from typing import Annotated, ClassVar
 from msgspec import Meta
 
 from swarm_protocol.spans import Span
+from swarm_protocol.wire_tensor import WireTensor
 
 PROBE_PROTOCOL = "/umbel/probe/1"
+
+MAX_PAYLOADS = 4
+MAX_PAYLOAD_BYTES = 1024 * 1024
 
 _Text = Annotated[str, Meta(max_length=160)]
 _Block = Annotated[int, Meta(ge=0, le=65535)]
@@ -43,3 +51,18 @@ class Probed:
     kind: ClassVar[int] = 71
     code: Annotated[str, Meta(max_length=64)] = ""
     message: Annotated[str, Meta(max_length=1000)] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """Bytes that mean nothing, to see how long they take."""
+
+    kind: ClassVar[int] = 72
+    values: WireTensor
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadArrived:
+    """All of the payload is there."""
+
+    kind: ClassVar[int] = 73

@@ -396,7 +396,8 @@ def test_close_codes_and_error_codes_are_in_the_tables() -> None:
 
 
 def test_metrics_of_nodes_are_in_the_table() -> None:
-    status = NodeStatus("online", "m", "s", 1.0, memory_bytes=1, errors={"internal": 1})
+    measured = {"decode_steps_per_s": {"1": 1.0}, "prompt_tokens_per_s": 1.0, "uplink_bytes_per_s": 1.0}
+    status = NodeStatus("online", "m", "s", 1.0, memory_bytes=1, errors={"internal": 1}, **measured)
     lines = metrics_text(lambda: status).decode().splitlines()
     (rows,) = tables(section(page("running-a-node"), "See what it does"))
     sent = {re.split(r"[ {]", line)[0] for line in lines if not line.startswith("#")}

@@ -1,5 +1,7 @@
 """What a device is good for: whether it can be used here, and how much memory is free on it."""
 
+import os
+import platform
 from pathlib import Path
 
 import torch
@@ -20,6 +22,22 @@ def usable_device(device: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {device!r} cannot be used here: {reason}") from error
     return target
+
+
+def hardware_name(device: str) -> str:
+    """Return what computes, as far as its speed depends on it: the GPU's name, or the CPU's and its cores."""
+    target = torch.device(device)
+    if target.type == "cuda":
+        return torch.cuda.get_device_name(target)
+    return f"{target.type} {_cpu_name()}, {os.cpu_count()} cores"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def free_memory_bytes(device: torch.device) -> int:

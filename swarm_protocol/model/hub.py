@@ -41,7 +41,7 @@ class HubRepository:
     @property
     def pieces_folder(self) -> Path:
         """Where pieces of shards are kept that are not there as a whole; repositories share it."""
-        return Path(self.cache_dir or huggingface_hub.constants.HF_HUB_CACHE).expanduser() / "umbel-pieces"
+        return cache_folder(self.cache_dir) / "umbel-pieces"
 
     def cached(self, file_name: str) -> Path | None:
         """Return the path of a file that is in the hub library's cache as a whole."""
@@ -66,6 +66,11 @@ class HubRepository:
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         raise CheckpointError(f"{file_name} of {self.repo_id} comes with a wrong SHA-256 from the hub each time")
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Return the folder that is meant by `cache_dir`, where None is the hub library's own."""
+    return Path(cache_dir or huggingface_hub.constants.HF_HUB_CACHE).expanduser()
 
 
 def _is_sound(path: Path) -> bool:

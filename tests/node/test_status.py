@@ -35,6 +35,9 @@ ONLINE = NodeStatus(
     num_steps=7,
     num_tokens=99,
     queue_s=0.5,
+    decode_steps_per_s={"1": 40.0, "8": 20.0},
+    prompt_tokens_per_s=500.0,
+    uplink_bytes_per_s=2_500_000.0,
     errors={"cache_full": 2, "node_draining": 1},
 )
 
@@ -70,6 +73,8 @@ def test_the_table_says_all_of_it() -> None:
         "sessions  1",
         "peers     2",
         "speed     12.3 tokens/s in the last 10 s",
+        "measured  40.0 steps/s of 1, 20.0 steps/s of 8 rows, 500.0 tokens/s of prompts",
+        "uplink    2.50 MB/s",
         "served    99 tokens in 7 steps",
         "cache     50 of 200 tokens",
         "errors    2 cache_full, 1 node_draining",

@@ -99,12 +99,14 @@ every_message = st.one_of(
     st.builds(m.Pages, positions, tensors, tensors, st.booleans()),
     st.builds(m.ProbeMe, texts, texts, blocks, blocks, st.integers(1, 65536)),
     st.builds(m.Probed, st.text(max_size=64), st.text(max_size=1000)),
+    st.builds(m.Payload, tensors),
+    st.builds(m.PayloadArrived),
 )
 
 
 def test_the_strategy_makes_every_kind_of_message() -> None:
     kinds = [cls.kind for cls in m.MESSAGE_TYPES]
-    assert len(set(kinds)) == len(kinds) == 26
+    assert len(set(kinds)) == len(kinds) == 28
 
 
 @given(every_message, st.integers(2048, 4096))
