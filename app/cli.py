@@ -1,4 +1,4 @@
-"""`umbel-chat`: serve the chat site, or run a demonstration on this machine."""
+"""`umbel-chat`: serve the chat site, make keys of embedded chats, or run a demonstration on this machine."""
 
 import argparse
 import logging
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from app import widget_cli
 from app.config import SiteConfig, environment_config
 from swarm_protocol.errors import ConfigError
 
@@ -26,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--no-relay", action="store_true", help="do not reach nodes behind a NAT through relays")
     serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default 5000)")
+    widget_cli.add_parser(commands)
     demo = commands.add_parser("demo", help="run two nodes and the site on this machine", add_help=False)
     demo.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser
@@ -60,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Its lines show links to a hub's storage, which open it for whoever has them.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
+        if options.command == "widget":
+            return widget_cli.run(options, environment_config())
         config = serve_config(options, environment_config())
     except ConfigError as error:
         sys.stderr.write(f"umbel-chat: {error}\n")

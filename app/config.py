@@ -68,6 +68,7 @@ class SecurityConfig:
     allowed_origins: tuple[str, ...] = ()  # pages of other origins that may use everything, as scheme://host[:port]
     trusted_hosts: tuple[str, ...] = ()  # Host headers that are answered; empty for all
     trusted_proxies: int = 0  # proxies in front whose X-Forwarded-* headers are believed
+    signing_secrets: tuple[str, ...] = ()  # of tokens, the newest last; none for one that lasts as long as the process
     hsts: bool = False  # only for sites that are reached by HTTPS alone
 
 
@@ -81,6 +82,7 @@ class SiteConfig:
     host: str = "127.0.0.1"
     port: int = 5000
     http_threads: int = 48  # threads beyond those of the sockets, so that pages and probes are always answered
+    widget_keys_file: str = ""  # where `umbel-chat widget` keeps the keys of embedded chats; empty for none
     sockets: SocketLimits = field(default_factory=SocketLimits)
     generation: GenerationLimits = field(default_factory=GenerationLimits)
     security: SecurityConfig = field(default_factory=SecurityConfig)

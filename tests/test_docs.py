@@ -257,9 +257,9 @@ def test_no_flag_is_missing_and_none_is_invented() -> None:
     commands = {
         (server_node.cli.main, "run"), (server_node.cli.main, "bootstrap"),
         (server_node.cli.main, "drain"), (server_node.cli.main, "status"),
-        (app.cli.main, "serve"), (app.cli.main, "demo"),
+        (app.cli.main, "serve"), (app.cli.main, "demo"), (app.cli.main, "widget create"),
     }  # fmt: skip
-    known = set().union(*(help_of(main, command) for main, command in commands))
+    known = set().union(*(help_of(main, *command.split()) for main, command in commands))
     named = {
         flag for span in code_spans(_without_code(page("configuration"))) for flag in re.findall(r"^--[a-z-]+\w$", span)
     }
