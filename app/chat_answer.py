@@ -174,8 +174,15 @@ class Answer:
         cached = self._conversation.set_messages(command.chat_messages(), continue_last=command.is_continued)
         prompt = len(session.token_ids)
         most = answer_length(command.params.max_new_tokens, prompt, session.max_length, limits)
+        embedded = self._conversation.embedded
+        if embedded is not None:
+            most = embedded.answer_length(most)
         self._tell(Prefilled(cached, prompt))
-        reason = self._stream(session, native_sampling(command, most, limits), prompt)
+        try:
+            reason = self._stream(session, native_sampling(command, most, limits), prompt)
+        finally:
+            if embedded is not None:
+                embedded.count_tokens(self._meter.num_tokens)
         logger.info(
             "generated protocol=3 prompt_tokens=%d cached_tokens=%d new_tokens=%d finish_reason=%s session=%s",
             prompt, cached, self._meter.num_tokens, reason, self._conversation.session_id,

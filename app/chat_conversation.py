@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from app.chat_answer import Answer
 from app.chat_protocol import Offer
+from app.embed_sessions import EmbeddedChat
 from app.errors import BusyError, NoCapacityError
 from app.native_generation import offered_defaults, offered_limits
 from app.request_models import Generate
@@ -24,9 +25,11 @@ logger = logging.getLogger(__name__)
 class Conversation:
     """One client's talk with one model, under one session id."""
 
-    def __init__(self, site: Site, model: TextModel, max_length: int) -> None:
+    def __init__(self, site: Site, model: TextModel, max_length: int, embedded: EmbeddedChat | None = None) -> None:
+        """`embedded` where the page of a widget key opened it."""
         self.model = model
         self.max_length = max_length
+        self.embedded = embedded
         self.session_id = secrets.token_hex(8)
         self.token: str | None = None
         """By which a client may come back; None if it did not ask for that."""
@@ -34,6 +37,7 @@ class Conversation:
         """The last one; it may be over."""
         self.route: Sequence[RoutePart] = ()
         self._messages: Sequence[ChatMessage] = ()
+        self._num_added = 0  # messages that the site put before the client's
         self._site = site
         self._lock = threading.Lock()
         self._owner: object = None
@@ -79,10 +83,13 @@ class Conversation:
     def generate(self, command: Generate, reader: object, wake: Callable[[], None]) -> Answer:
         """Begin an answer in a thread of its own, for `reader`; `wake` is called when there is something to read.
 
-        Raises BusyError while another one runs, NoCapacityError when there is no thread to be had.
+        Raises BusyError while another one runs, NoCapacityError when there is no thread to be had,
+        LimitExceededError or EmbedClosedError where the key of an embedded chat says so.
         """
         if self.running is not None:
             raise BusyError
+        if self.embedded is not None:
+            self.embedded.ask()
         answer = Answer(self._site, self, command)
         answer.attach(reader, wake, 0)
         before, self.answer = self.answer, answer
@@ -97,7 +104,7 @@ class Conversation:
         """Keep the first messages of what was sent last; return how many tokens stay. Raises BusyError, SwarmError."""
         if self.running is not None:
             raise BusyError
-        self._messages = tuple(self._messages[:num_messages])
+        self._messages = tuple(self._messages[: max(0, num_messages + self._num_added)])
         return 0 if self._session is None else self._session.keep_messages(self._messages)
 
     # for the thread of the answer
@@ -110,9 +117,15 @@ class Conversation:
         return self._session
 
     def set_messages(self, messages: Sequence[ChatMessage], *, continue_last: bool) -> int:
-        """Make the session hold a prompt; return how many tokens of it were there already."""
+        """Make the session hold a prompt; return how many tokens of it were there already.
+
+        Raises EmbedClosedError, and InvalidRequestError for messages that an embedded chat may not send.
+        """
+        sent = messages
+        if self.embedded is not None:
+            messages = self.embedded.messages(messages)
         kept = self.open_session().set_messages(messages, continue_last=continue_last)
-        self._messages = messages
+        self._messages, self._num_added = messages, len(messages) - len(sent)
         return kept
 
     def cancel_step(self) -> None:

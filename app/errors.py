@@ -8,7 +8,9 @@ SwarmError
 ├── SessionExpiredError     session_expired     retryable
 ├── SiteDrainingError       draining            retryable
 ├── ReplacedError           replaced
-└── OriginError             origin_not_allowed
+├── OriginError             origin_not_allowed
+├── EmbedExpiredError       embed_expired       retryable
+└── EmbedClosedError        embed_closed
 """
 
 from collections.abc import Sequence
@@ -89,6 +91,24 @@ class OriginError(SwarmError):
         super().__init__(f"{what} is open to this site's own pages only")
 
 
+class EmbedExpiredError(SwarmError):
+    """The token of an embedded chat is too old, or came from elsewhere; its page fetches another one."""
+
+    code, retryable = "embed_expired", True
+
+    def __init__(self) -> None:
+        super().__init__("the token of this embedded chat is no longer good here; fetch another one")
+
+
+class EmbedClosedError(SwarmError):
+    """The widget key of an embedded chat is not in use any more."""
+
+    code = "embed_closed"
+
+    def __init__(self) -> None:
+        super().__init__("this embedded chat is closed: its key is unknown, disabled or revoked")
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorReport:
     """What a client is told about an error: never a stack, always a stable code.
@@ -136,6 +156,7 @@ def retry_after_s(report: ErrorReport) -> int | None:
 HTTP_STATUS = {
     "model_not_found": 404,
     "origin_not_allowed": 403,
+    "embed_closed": 403,
     "invalid_request": 400,
     "malformed_frame": 400,
     "max_length_exceeded": 400,

@@ -4,7 +4,18 @@ from typing import cast
 
 from flask import Flask
 
-from app import api_errors, api_http, api_openai, api_openapi, api_swarm, api_ws, pages, security, swarm_page
+from app import (
+    api_errors,
+    api_http,
+    api_openai,
+    api_openapi,
+    api_swarm,
+    api_ws,
+    embed_pages,
+    pages,
+    security,
+    swarm_page,
+)
 from app.config import SiteConfig, environment_config
 from app.model_registry import ModelRegistry, swarm_registry
 from app.site import Site
@@ -34,6 +45,7 @@ def create_app(config: SiteConfig | None = None, models: ModelRegistry | None = 
     api_swarm.register(app, site)
     pages.register(app, site)
     swarm_page.register(app, site)
+    embed_pages.register(app, site)
     security.secure(app, config.security)
     wsgi_app = with_websockets(app.wsgi_app, config.sockets.send_timeout_s)
     app.wsgi_app = api_ws.with_socket_cap(wsgi_app, site)  # type: ignore[method-assign, assignment]

@@ -23,6 +23,7 @@ from app.chat_protocol import (
     request_id_of,
     rewound_frame,
 )
+from app.embed_sessions import EmbeddedChat
 from app.error_log import logged_report
 from app.errors import BusyError, SessionExpiredError, SiteDrainingError
 from app.limits import CloseCode, is_expired, session_length
@@ -40,9 +41,10 @@ MAX_FRAMES_AT_ONCE = 64  # of an answer, before what the client sent is looked a
 
 def open_conversation(site: Site, command: Open, address: str) -> Conversation:
     """Choose the model; the inference session is opened by the first answer. Raises SwarmError."""
-    model = site.models.find(command.model)
+    embedded = None if command.embed is None else EmbeddedChat(site, command.embed, address)
+    model = site.models.find(embedded.model if embedded is not None and embedded.model else command.model)
     length = session_length(command.max_length, model.max_length, site.config.generation)
-    conversation = Conversation(site, model, length)
+    conversation = Conversation(site, model, length, embedded)
     if command.resume:
         conversation.token = site.kept.add(conversation, address)
     return conversation

@@ -67,10 +67,16 @@ class Readiness(_Shape):
     models: dict[str, str]
 
 
+class EmbedToken(_Shape):
+    """By which an embedded chat opens its session; good for ten minutes."""
+
+    token: str
+
+
 REQUESTS = (ChatRequest, CompletionRequest, EmbeddingsRequest, OneShot)
 REPLIES = (
     ChatCompletion, ChatChunk, Completion, EmbeddingList, ModelList, ModelObject, ErrorBody, SiteErrorBody,
-    OneShotReply, Health, Readiness, PetalsState, ReachReply, SwarmEvent, SwarmReply,
+    OneShotReply, Health, Readiness, EmbedToken, PetalsState, ReachReply, SwarmEvent, SwarmReply,
 )  # fmt: skip
 
 
@@ -88,7 +94,7 @@ def openapi_document(version: str) -> Schema:
             "description": "A chat site in front of a model that volunteers run together. docs/api.md has the rest.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "paths": {**_openai_paths(), **_site_paths(), **_swarm_paths()},
+        "paths": {**_openai_paths(), **_site_paths(), **_swarm_paths(), **_widget_paths()},
         "components": {"schemas": found["$defs"]},
     }
 
@@ -254,6 +260,30 @@ def _site_paths() -> Schema:
                     _parameter("build_name", "path", "the build that the page belongs to"),
                     _parameter("name", "path", "the path of the file; it may contain slashes"),
                 ],
+            )
+        },
+    }  # fmt: skip
+
+
+def _widget_paths() -> Schema:
+    plain_error = _text("an error, in one sentence")
+    page = {"200": _text("the page", "text/html"), "default": plain_error}
+    key = _parameter("name", "path", "a widget key")
+    missing = {"404": _text("an empty page: the key is not in use", "text/html")}
+    script = {"200": _text("the script", "text/javascript"), "404": plain_error, "default": plain_error}
+    version = _parameter("version", "path", "`1` for the newest, or a version that never changes, such as `1.0.0`")
+    return {
+        "/widget": {"get": _operation("widget_page", "The page that writes the line to embed the chat", page)},
+        "/widget/v{version}.js": {
+            "get": _operation("loader", "The script that other pages load", script, parameters=[version])
+        },
+        "/embed/{name}": {
+            "get": _operation("embed_page", "The chat in a frame, for a widget key", page | missing, parameters=[key])
+        },
+        "/embed/{name}/token": {
+            "get": _operation(
+                "embed_token", "A new token for that page",
+                {"200": _json(EmbedToken, "the token"), "404": plain_error, "default": plain_error}, parameters=[key],
             )
         },
     }  # fmt: skip

@@ -86,11 +86,15 @@ class LegacyOpen(Fields):
 
 
 class Open(Fields):
-    """Protocol 3 `open`; with `resume` an answer goes on for a while when the connection breaks."""
+    """Protocol 3 `open`; with `resume` an answer goes on for a while when the connection breaks.
+
+    `embed` is the token of an embedded chat, whose key then decides about model and prompt.
+    """
 
     model: str | None = None
     max_length: TokenCount = None
     resume: Annotated[bool, none_as_default(False)] = False
+    embed: Annotated[str, Field(max_length=512)] | None = None
 
 
 class Resume(Fields):

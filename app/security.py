@@ -1,6 +1,6 @@
 """Who may call what from where: security headers, cross-origin rules, and the check of a websocket's Origin."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from urllib.parse import urlsplit
 
 from flask import Flask, Request, Response, abort, request
@@ -31,6 +31,17 @@ PAGE_POLICY = "; ".join(
         "trusted-types 'none'",
     ]
 )
+
+
+def embed_policy(origins: Sequence[str]) -> str:
+    """Return the policy of a page that pages of `origins`, and the site's own, may show in a frame."""
+    return PAGE_POLICY.replace("frame-ancestors 'none'", " ".join(["frame-ancestors 'self'", *origins]))
+
+
+def preview_policy() -> str:
+    """Return the policy of a page that shows embedded chats of this site."""
+    return f"{PAGE_POLICY}; frame-src 'self'"
+
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -128,12 +139,13 @@ def secure(app: Flask, config: SecurityConfig) -> None:
     @app.after_request
     def add_headers(response: Response) -> Response:
         response.headers.update(HEADERS)
-        response.headers["Content-Security-Policy"] = PAGE_POLICY if response.mimetype == "text/html" else API_POLICY
+        policy = PAGE_POLICY if response.mimetype == "text/html" else API_POLICY
+        response.headers.setdefault("Content-Security-Policy", policy)
         if config.hsts:
             response.headers["Strict-Transport-Security"] = "max-age=31536000"
         if is_api(request.path):
             _allow_cross_origin(response, config)
             response.headers.setdefault("Cache-Control", "no-store")
         else:
-            response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
+            response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
         return response

@@ -1,14 +1,17 @@
 """What all requests of a site share: its models, the places for sockets and requests, and whether it is ending."""
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.canary import Canary, CanaryHistory, runs_of
 from app.config import SiteConfig
+from app.embed_tokens import EmbedTokens
 from app.errors import NoCapacityError
 from app.generation_queue import GenerationQueue
 from app.in_flight import InFlight
@@ -17,6 +20,8 @@ from app.model_registry import ModelRegistry
 from app.own_version import site_version
 from app.reach import Reachability
 from app.swarm_board import SwarmBoard
+from app.widget_keys import WidgetKeys
+from app.widget_usage import WidgetUsage
 
 if TYPE_CHECKING:
     from app.chat_conversation import Conversation
@@ -122,6 +127,10 @@ class Site:
         self.canary = Canary(models, self.queue, self.history, self.board.report, config.status)
         self.reachability = Reachability(lambda peer_id: models.ping(peer_id))
         self.listeners = Places("listeners", min(config.status.events_max, config.http_threads // 4))
+        known = config.security.signing_secrets
+        self.widget_keys = WidgetKeys(Path(config.widget_keys_file) if config.widget_keys_file else None)
+        self.widget_usage = WidgetUsage()
+        self.embed_tokens = EmbedTokens([secret.encode() for secret in known] or [secrets.token_bytes(32)])
 
     @property
     def is_ready(self) -> bool:

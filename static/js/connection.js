@@ -50,6 +50,9 @@ export class Connection extends EventTarget {
   /** Tells {id, fromSeq} of the answer that is awaited and the first of its frames that did not come, or null. */
   awaited = () => null;
 
+  /** Gives the token that a page which is embedded elsewhere has to show. */
+  embedToken = async () => null;
+
   constructor(url, pingIntervalS) {
     super();
     this.#url = url;
@@ -79,7 +82,8 @@ export class Connection extends EventTarget {
     this.#heardMs = Date.now();
     socket.addEventListener('open', () => {
       const awaited = this.#canResume() ? this.awaited() : null;
-      socket.send(awaited ? resumeFrame(this.#token, awaited) : openFrame(this.#model));
+      if (awaited) socket.send(resumeFrame(this.#token, awaited));
+      else this.#openSession(socket);
     });
     socket.addEventListener('message', ({ data }) => this.#onMessage(socket, data));
     socket.addEventListener('close', ({ code }) => this.#onClose(socket, code));
@@ -109,6 +113,11 @@ export class Connection extends EventTarget {
     return this.#isOpened;
   }
 
+  async #openSession(socket) {
+    const embed = await this.embedToken();
+    if (socket === this.#socket) socket.send(openFrame(this.#model, embed));
+  }
+
   #canResume() {
     return this.#token !== null && this.#waiting === null && this.awaited() !== null;
   }
@@ -126,7 +135,7 @@ export class Connection extends EventTarget {
       if (event.resumed) this.#opened(socket);
       else {
         this.#token = null;
-        socket.send(openFrame(this.#model));
+        this.#openSession(socket);
       }
     } else if (event.type === 'error' && !this.#isOpened) {
       this.#waiting = null;

@@ -1,6 +1,5 @@
 /** Conversations in this browser's IndexedDB; in memory, for as long as the page lives, where storage is refused. */
 
-const NAME = 'umbel';
 const STORE = 'conversations';
 
 function done(request) {
@@ -10,16 +9,21 @@ function done(request) {
   });
 }
 
-function openDatabase() {
-  const request = indexedDB.open(NAME, 1);
+function openDatabase(name) {
+  const request = indexedDB.open(name, 1);
   request.addEventListener('upgradeneeded', () => request.result.createObjectStore(STORE, { keyPath: 'id' }));
   return done(request);
 }
 
 /** Records with an `id`: all of them, put, delete, clear. */
 export class Database {
+  #name;
   #database = null;
   #kept = new Map();
+
+  constructor(name = 'umbel') {
+    this.#name = name;
+  }
 
   /** Whether records outlive the page. */
   get isLasting() {
@@ -29,7 +33,7 @@ export class Database {
   /** Return all records. */
   async open() {
     try {
-      this.#database = await openDatabase();
+      this.#database = await openDatabase(this.#name);
       // Another tab with a later version of the page wants to change the database: this one goes on in memory.
       this.#database.addEventListener('versionchange', () => this.#giveUp());
       return await this.#run('readonly', (store) => store.getAll());

@@ -1,6 +1,8 @@
 /** Pure: frames of protocol 3, and how long to wait before connecting again. */
 
-export const openFrame = (model) => JSON.stringify({ type: 'open', protocol: 3, resume: true, ...(model ? { model } : {}) });
+/** Return the frame that opens a session; `embed` is the token of a page that is embedded elsewhere. */
+export const openFrame = (model, embed = null) =>
+  JSON.stringify({ type: 'open', protocol: 3, resume: true, ...(model ? { model } : {}), ...(embed ? { embed } : {}) });
 export const resumeFrame = (token, { id, fromSeq }) => JSON.stringify({ type: 'resume', token, id, from_seq: fromSeq });
 
 /** Return the frame that asks for an answer, or, if `isContinued`, for more of the one that the messages end with. */

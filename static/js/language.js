@@ -10,11 +10,14 @@ async function load(name) {
   return answer.json();
 }
 
-/** Show the page in `name`, and keep that choice; without a name, in the language chosen before, else the browser's. */
-export async function setLanguage(known, name = null) {
+/**
+ * Show the page in `name`, and keep that choice if `isChoice`; without a name, in the language chosen before, else the
+ * browser's.
+ */
+export async function setLanguage(known, name = null, { isChoice = true } = {}) {
   const wanted = name ?? kept();
   const chosen = chooseLanguage(wanted ? [wanted, ...navigator.languages] : navigator.languages, known);
-  if (name) keep(chosen);
+  if (name && isChoice) keep(chosen);
   const fallback = load('en');
   const texts = chosen === 'en' ? fallback : load(chosen).catch(() => null);
   const [own, all] = await Promise.all([texts, fallback]);

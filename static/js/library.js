@@ -7,10 +7,16 @@ const WRITE_MS = 800; // while an answer streams; what a crash may lose
 
 /** Event `change` when the list, a name or a conversation's text changed. */
 export class Library extends EventTarget {
-  #database = new Database();
+  #database;
   #records = new Map();
   #dirty = new Map();
   #timer = 0;
+
+  /** `name` is the database's, where it is not the chat page's. */
+  constructor(name) {
+    super();
+    this.#database = new Database(name);
+  }
 
   async open() {
     for (const record of await this.#database.open()) this.#records.set(record.id, record);

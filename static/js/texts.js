@@ -7,7 +7,7 @@ export { shortNumber };
 const ERRORS = new Set([
   'max_length_exceeded', 'cache_full', 'no_capacity', 'limit_exceeded', 'missing_blocks', 'model_loading', 'model_not_found',
   'stream_lost', 'peer_unreachable', 'timeout', 'draining', 'node_draining', 'origin_not_allowed', 'frame_too_large',
-  'internal_error', 'disconnected', 'unreachable', 'interrupted', 'taken_over',
+  'internal_error', 'disconnected', 'unreachable', 'interrupted', 'taken_over', 'embed_expired', 'embed_closed',
 ]);
 
 /** Return what to show for an error {code, message, retryable, request_id?}; `blocks` are those that it waited for. */

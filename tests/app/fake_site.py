@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from flask import Flask, Response, jsonify
 
@@ -24,10 +25,23 @@ from tests.app.fake_swarm import FakeModel, TalkingModel, scripted_reply
 from tests.app.swarms import SWARMS, made_up_runs
 
 
-def make_app(config: SiteConfig, models: Sequence[FakeModel]) -> Flask:
+def make_app(config: SiteConfig, models: Sequence[FakeModel], keys: Sequence[dict[str, Any]] = ()) -> Flask:
     sources = [ModelSource(model.name, partial(_itself, model)) for model in models]
     app = create_app(config, ModelRegistry(sources))
     site = site_of(app)
+    widget_keys = {
+        values["name"]: site.widget_keys.create(**{**values, "origins": tuple(values["origins"])}).key
+        for values in keys
+    }
+
+    @app.get("/test/widget-keys")
+    def made_keys() -> Response:
+        return jsonify(widget_keys)
+
+    @app.post("/test/revoke/<key>")
+    def revoke(key: str) -> Response:
+        site.widget_keys.revoke(key)
+        return jsonify(ok=True)
 
     @app.get("/test/counts")
     def counts() -> Response:
@@ -103,7 +117,7 @@ def main() -> None:
         )
         for name in options.models.split(",")
     ]
-    serve(config, lambda site_config: make_app(site_config, models))
+    serve(config, lambda site_config: make_app(site_config, models, settings.get("widget_keys", ())))
 
 
 if __name__ == "__main__":

@@ -384,7 +384,14 @@ class TalkingModel(FakeModel):
 
 
 class TalkingSession(FakeSession):
-    """Raises the error, tells the event, or waits the time, that the script says."""
+    """Raises the error, tells the event, or waits the time, that the script says; to `prompt` it repeats its own."""
+
+    def set_messages(self, messages: Sequence[ChatMessage], *, continue_last: bool = False) -> int:
+        kept = super().set_messages(messages, continue_last=continue_last)
+        if messages[-1].content == "prompt":
+            told = messages[0].content if messages[0].role == "system" else "none"
+            self._script = [*PIECES.findall(told), EOS]
+        return kept
 
     def _step_is_cancelled(self) -> bool:
         while self._script and self._script[0].startswith(("!tell ", "!pause")):

@@ -19,7 +19,7 @@ ENGLISH: dict[str, Any] = json.loads((LOCALES / "en.json").read_text())
 SWARM_ENGLISH: dict[str, Any] = json.loads((LOCALES / "swarm" / "en.json").read_text())
 FORMS = {"zero", "one", "two", "few", "many", "other"}
 SOURCES = sorted((ROOT / "static" / "js").rglob("*.js"))
-TEMPLATE = (ROOT / "templates" / "chat.html").read_text()
+TEMPLATE = "".join((ROOT / "templates" / name).read_text() for name in ("chat.html", "embed.html"))
 
 
 def placeholders(text: str) -> set[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = sorted((ROOT / "static" / "js").glob("*.js"))
+MODULES = [*sorted((ROOT / "static" / "js").rglob("*.js")), ROOT / "static" / "widget" / "loader.js"]
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
