@@ -35,7 +35,7 @@ from server_node.node import (
 from server_node.placement import Joiner, choose_span
 from server_node.probing import OutsidePeer, Proof
 from server_node.status import ServedWork
-from server_node.swarm_holders import holders_among, newest_of
+from server_node.swarm_holders import holders_among
 from server_node.swarm_records import read_records
 from server_node.uplink import Uplink
 from server_node.waiting import comes_first, stopped_or_lost
@@ -252,10 +252,14 @@ class _Life:
                 records = await read_records(self._transport, checkpoint.name, checkpoint.num_blocks)
         except TimeoutError:
             raise PeerUnreachableError(f"the directory did not answer within {_LOOKUP_TIMEOUT_S:g} s") from None
-        others = [record for record in records if record.peer_id != self._transport.peer_id]
+        others = [
+            record
+            for record in records
+            if record.peer_id != self._transport.peer_id and record.revision == checkpoint.revision
+        ]
         least = 1 if choice.num_blocks is None else most
         joiner = Joiner(most, min_blocks=least)
-        return choose_span(checkpoint.num_blocks, joiner, holders_among(newest_of(others, checkpoint.revision)))
+        return choose_span(checkpoint.num_blocks, joiner, holders_among(others))
 
     async def _choose_again(self, wanted: Span | None) -> Span | None:
         """The same, as often as it takes; None if the node was asked to stop meanwhile."""

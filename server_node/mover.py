@@ -12,7 +12,7 @@ from server_node.announcer import Announcer
 from server_node.move_turns import READ_AT_S, ROUND_S, may_claim, may_look, next_look_s, round_of, winner
 from server_node.placement import Holder
 from server_node.placement_plan import Plan, better_span, next_moves, plan_moves
-from server_node.swarm_holders import holders_among, newest_of, stays_online
+from server_node.swarm_holders import holders_among, stays_online
 from server_node.swarm_records import read_records
 from swarm_protocol.identity import verify
 from swarm_protocol.ids import PeerId, short_peer
@@ -132,8 +132,8 @@ class Mover:
         mine = self._announcer.published
         async with asyncio.timeout(_LOOKUP_TIMEOUT_S):
             found = await read_records(self._transport, mine.model, self._num_blocks)
-        others = [record for record in found if record.peer_id != self._peer_id]
-        return newest_of([*others, mine], mine.revision)
+        others = [record for record in found if record.peer_id != self._peer_id and record.revision == mine.revision]
+        return [*others, mine]
 
     async def _store(self, claim: MoveClaim) -> bool:
         key = claims_key(self._announcer.published.model)

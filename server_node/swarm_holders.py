@@ -11,16 +11,6 @@ _STEP = 1.25
 """Speeds are taken on a grid of this ratio: nodes that read records some seconds apart should find the same plan."""
 
 
-def newest_of(records: Iterable[NodeRecord], revision: str) -> list[NodeRecord]:
-    """Return the latest record of each node of `revision`: one that has moved may still be found where it was."""
-    newest: dict[str, NodeRecord] = {}
-    for record in records:
-        known = newest.get(record.peer_id)
-        if record.revision == revision and (known is None or _age_key(record) > _age_key(known)):
-            newest[record.peer_id] = record
-    return sorted(newest.values(), key=lambda record: record.peer_id)
-
-
 def holders_among(records: Iterable[NodeRecord]) -> list[Holder]:
     """Return who holds what, or is about to, as placement reckons with it. Each node has one of `records`."""
     return [
@@ -42,10 +32,6 @@ def stays_online(old: Span, new: Span, others: Iterable[NodeRecord]) -> bool:
     served = [record.span for record in others if record.state == "online"]
     missing = {block for hole in uncovered(served, old.end) for block in range(hole.start, hole.end)}
     return all(new.start <= block < new.end for block in missing if block >= old.start)
-
-
-def _age_key(record: NodeRecord) -> tuple[int, float]:
-    return record.incarnation, record.published_s
 
 
 def _on_grid(step_s: float | None) -> float | None:

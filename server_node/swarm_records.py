@@ -5,16 +5,16 @@ import logging
 from swarm_protocol.errors import InvalidRecordError
 from swarm_protocol.identity import verify
 from swarm_protocol.ids import PeerId, short_peer
-from swarm_protocol.records import NodeRecord, directory_keys, unseal
+from swarm_protocol.records import NodeRecord, directory_keys, newest_records, unseal
 from swarm_protocol.transport.base import Transport
 
 logger = logging.getLogger(__name__)
 
 
 async def read_records(transport: Transport, model: str, num_blocks: int) -> list[NodeRecord]:
-    """Return the records of nodes of the first `num_blocks` blocks of `model`; what is no record is passed over.
+    """Return the newest record of each node of the first `num_blocks` blocks of `model`.
 
-    The caller sets the deadline. Raises whatever happens below the directory.
+    What is no record is passed over. The caller sets the deadline. Raises whatever happens below the directory.
     """
     found = await transport.directory.lookup(directory_keys(model, num_blocks))
     records = []
@@ -23,4 +23,4 @@ async def read_records(transport: Transport, model: str, num_blocks: int) -> lis
             records.append(unseal(value, PeerId(owner), verify, transport.now_s()))
         except InvalidRecordError as error:
             logger.debug("record passed over: %s peer=%s", error, short_peer(PeerId(owner)))
-    return records
+    return newest_records(records)

@@ -8,7 +8,7 @@ where a bucket holds the nodes whose span starts in the same `BUCKET_BLOCKS` blo
 ten keys, and no key grows with the whole swarm.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -103,6 +103,19 @@ def directory_key(model: str, start_block: int) -> str:
 def directory_keys(model: str, num_blocks: int) -> list[str]:
     """Return every directory key under which nodes of `model` may be found."""
     return [directory_key(model, block) for block in range(0, num_blocks, BUCKET_BLOCKS)]
+
+
+def newest_records(records: Iterable[NodeRecord]) -> list[NodeRecord]:
+    """Return one record of each peer, by peer id: that of its latest start, and of these the latest.
+
+    A node that has started anew or taken other blocks may still be found where it was before.
+    """
+    newest: dict[str, NodeRecord] = {}
+    for record in records:
+        known = newest.get(record.peer_id)
+        if known is None or (known.incarnation, known.published_s) < (record.incarnation, record.published_s):
+            newest[record.peer_id] = record
+    return sorted(newest.values(), key=lambda record: record.peer_id)
 
 
 def seal(record: NodeRecord, sign: Callable[[bytes], bytes]) -> bytes:

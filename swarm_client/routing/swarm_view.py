@@ -7,13 +7,16 @@ import numpy as np
 import numpy.typing as npt
 
 from swarm_protocol.ids import PeerId
-from swarm_protocol.records import NodeRecord
+from swarm_protocol.records import RECORD_LIFETIME_S, NodeRecord
 
 PING_AGE_S = 30.0
 """How long a measured ping is good for; ways through the net change within minutes."""
 
 SPEED_AGE_S = 300.0
 """How long what this client measured of a node counts instead of what the node says of itself."""
+
+START_AGE_S = 2 * RECORD_LIFETIME_S
+"""How long an older start of a node is told from its present one: for longer no record lives."""
 
 FORGET_S = 3600.0
 """After which a speed that was measured is not held against a node any more."""
@@ -94,7 +97,7 @@ class SwarmKnowledge:
         self._said = SaidPings.of(())
         self._pings: dict[PeerId, _Smoothed] = {}
         self._speeds: dict[PeerId, _Smoothed] = {}
-        self._incarnations: dict[PeerId, int] = {}
+        self._starts: dict[PeerId, tuple[int, float]] = {}
 
     @property
     def records(self) -> Sequence[NodeRecord]:
@@ -102,21 +105,30 @@ class SwarmKnowledge:
         return self._records
 
     def incarnation(self, peer_id: PeerId) -> int:
-        """Return that of the node's record; 0 if there is none."""
-        return self._incarnations.get(peer_id, 0)
+        """Return that of the node's record; 0 if none was read lately."""
+        return self._starts.get(peer_id, (0, 0.0))[0]
 
     def read(self, records: Iterable[NodeRecord], now_s: float) -> None:
-        """Take the records of a look into the directory; what was measured of a node that restarted is forgotten."""
-        self._records = tuple(records)
+        """Take the records of a look into the directory, of each node its newest.
+
+        A record of an earlier start than is known, which turns up where the newer one cannot be read, is passed over.
+        What was measured of a node that restarted is forgotten.
+        """
+        self._records = tuple(record for record in records if record.incarnation >= self._known_start(record, now_s))
         self._said = SaidPings.of(self._records)
-        incarnations = {PeerId(record.peer_id): record.incarnation for record in self._records}
-        for peer_id, incarnation in incarnations.items():
-            if self._incarnations.get(peer_id, incarnation) != incarnation:
+        for record in self._records:
+            peer_id = PeerId(record.peer_id)
+            if self.incarnation(peer_id) not in (0, record.incarnation):
                 self._speeds.pop(peer_id, None)
-        self._incarnations = incarnations
+            self._starts[peer_id] = record.incarnation, now_s
+        self._starts = {peer: start for peer, start in self._starts.items() if now_s - start[1] <= START_AGE_S}
         for measured in (self._pings, self._speeds):
             for peer_id in [peer for peer, known in measured.items() if now_s - known.at_s > FORGET_S]:
                 del measured[peer_id]
+
+    def _known_start(self, record: NodeRecord, now_s: float) -> int:
+        incarnation, seen_s = self._starts.get(PeerId(record.peer_id), (0, 0.0))
+        return incarnation if now_s - seen_s <= START_AGE_S else 0
 
     def pinged(self, peer_id: PeerId, ping_s: float, now_s: float) -> None:
         """Count a round trip to a node."""

@@ -25,7 +25,7 @@ from swarm_protocol.errors import (
 from swarm_protocol.identity import verify
 from swarm_protocol.ids import PeerId, parse_peer_id, short_peer
 from swarm_protocol.ping import measure_ping
-from swarm_protocol.records import NodeRecord, directory_keys, unseal
+from swarm_protocol.records import NodeRecord, directory_keys, newest_records, unseal
 from swarm_protocol.transport.base import Transport
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class SwarmWatcher:
             logger.warning("the directory of %s could not be read: %r", self._model.name, error)
             return
         now_s = self._transport.now_s()
-        newest: dict[str, NodeRecord] = {}
+        records: list[NodeRecord] = []
         for values in found.values():
             for subkey, value in values.items():
                 try:
@@ -175,13 +175,13 @@ class SwarmWatcher:
                 except (InvalidRecordError, ValueError) as error:
                     logger.debug("ignored a record: %s", error)
                     continue
-                known = newest.get(record.peer_id)
-                if record.model == self._model.name and (known is None or known.published_s < record.published_s):
-                    newest[record.peer_id] = record
-        self._take(list(newest.values()), now_s)
+                if record.model == self._model.name:
+                    records.append(record)
+        self._take(newest_records(records), now_s)
 
     def _take(self, records: Sequence[NodeRecord], now_s: float) -> None:
         self._known.read(records, now_s)
+        records = self._known.records
         self._health.read(records, now_s)
         self._is_read = True
         logger.debug(

@@ -5,7 +5,15 @@ import dataclasses
 import pytest
 
 from swarm_client.routing.prefix_holders import PrefixHolders
-from swarm_client.routing.swarm_view import FORGET_S, HOP_S, PING_AGE_S, SPEED_AGE_S, OwnSpeed, SwarmKnowledge
+from swarm_client.routing.swarm_view import (
+    FORGET_S,
+    HOP_S,
+    PING_AGE_S,
+    SPEED_AGE_S,
+    START_AGE_S,
+    OwnSpeed,
+    SwarmKnowledge,
+)
 from swarm_protocol.ids import PeerId
 from swarm_protocol.messages import PAGE_TOKENS
 from tests.client.test_find_route import record
@@ -76,6 +84,19 @@ def test_incarnations_are_those_of_the_records() -> None:
     known = SwarmKnowledge()
     known.read([dataclasses.replace(record("a", 0, 1), incarnation=7)], 0.0)
     assert (known.incarnation(A), known.incarnation(B)) == (7, 0)
+
+
+def test_records_of_an_earlier_start_are_passed_over_while_they_may_turn_up() -> None:
+    known = SwarmKnowledge()
+    old, new = record("a", 0, 5, incarnation=3), record("a", 20, 25, incarnation=4)
+    known.read([old], 0.0)
+    known.read([new], 10.0)
+    known.read([old, record("b", 0, 5)], 20.0)
+    assert [r.peer_id for r in known.records] == ["b"], "where the new record could not be read, the old one comes back"
+    known.read([new], 30.0)
+    assert known.records == (new,)
+    known.read([old], 31.0 + START_AGE_S)
+    assert known.records == (old,), "a clock may have been set back"
 
 
 def test_holders_of_a_prompt_are_known_by_its_longest_beginning() -> None:

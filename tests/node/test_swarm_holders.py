@@ -3,7 +3,7 @@
 import pytest
 
 from server_node.placement import Holder
-from server_node.swarm_holders import holders_among, newest_of, stays_online
+from server_node.swarm_holders import holders_among, stays_online
 from swarm_protocol.records import NodeRecord
 from swarm_protocol.spans import Span
 
@@ -14,13 +14,6 @@ def record(peer_id: str, start: int, end: int, state: str = "online", **facts: o
         peer_id=peer_id, model="m", start_block=start, end_block=end, state=state, versions=(1,), software="s",
         dtype="float32", numerics="n", free_tokens=0, max_tokens=0, **values,
     )  # type: ignore[arg-type]  # fmt: skip
-
-
-def test_each_node_counts_once_with_its_latest_record_of_this_revision():
-    old, new = record("a", 0, 3, published_s=50.0), record("a", 9, 12, incarnation=2)
-    refreshed = record("b", 0, 3, published_s=10.0)
-    found = [new, old, record("b", 0, 3), refreshed, record("c", 0, 3, revision="other")]
-    assert newest_of(found, "r") == newest_of(found[::-1], "r") == [new, refreshed]
 
 
 @pytest.mark.parametrize(

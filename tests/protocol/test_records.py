@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 
 import msgspec
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from swarm_protocol.errors import InvalidRecordError
 from swarm_protocol.ids import PeerId
-from swarm_protocol.records import MAX_PINGS, NodeRecord, directory_key, directory_keys, seal, unseal
+from swarm_protocol.records import MAX_PINGS, NodeRecord, directory_key, directory_keys, newest_records, seal, unseal
 
 NOW_S = 1_000_000.0
 OWNER = PeerId("12D3KooWOwner")
@@ -46,6 +47,15 @@ def verify(peer_id: PeerId, payload: bytes, signature: bytes) -> bool:
 
 def sealed(record: NodeRecord, signer: PeerId = OWNER) -> bytes:
     return seal(record, lambda payload: sign_as(signer, payload))
+
+
+def test_each_peer_counts_once_with_its_latest_start() -> None:
+    old = dataclasses.replace(RECORD, published_s=NOW_S + 50, state="offline")
+    moved = dataclasses.replace(RECORD, start_block=20, end_block=30, incarnation=4)
+    other = dataclasses.replace(RECORD, peer_id="12D3KooWOther")
+    refreshed = dataclasses.replace(other, published_s=NOW_S + 10)
+    for found in itertools.permutations([old, moved, other, refreshed]):
+        assert newest_records(found) == sorted([moved, refreshed], key=lambda record: record.peer_id)
 
 
 def test_a_record_survives_the_directory() -> None:
