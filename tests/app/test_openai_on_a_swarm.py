@@ -50,7 +50,7 @@ class NamedWords(Words):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("server_node.node.Node", WatchedNode)
+        patch.setattr("server_node.life.Node", WatchedNode)
         folder, changes = tmp_path_factory.mktemp("llama"), {"max_position_embeddings": 2048}
         pair = Pair("llama", folder, changes, cache_tokens=CACHE_TOKENS, prefix_tokens=1024)
         with pair.served:
