@@ -93,7 +93,7 @@
       this.#signal = end;
       const listen = (target, type, listener) => target.addEventListener(type, listener, { signal: end.signal });
       listen(window, 'message', (event) => this.#hear(event));
-      listen(document, 'securitypolicyviolation', ({ blockedURI }) => this.#frame && blockedURI.startsWith(ORIGIN) && this.#refuse());
+      listen(document, 'securitypolicyviolation', ({ blockedURI, disposition }) => disposition === 'enforce' && blockedURI.startsWith(ORIGIN) && this.#refuse());
       for (const query of [phone, dark]) listen(query, 'change', () => this.#paint());
       for (const type of ['resize', 'scroll']) listen(visualViewport, type, () => this.#fit());
       this.#paint();

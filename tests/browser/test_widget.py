@@ -292,7 +292,9 @@ def test_a_key_that_is_unknown_is_refused_as_well(show: Show) -> None:
 
 def test_a_hostile_policy_that_allows_the_frame_breaks_nothing(show: Show, site: SiteProcess) -> None:
     policy = f"default-src 'none'; script-src {site.url}; frame-src {site.url}; require-trusted-types-for 'script'"
-    page = show(headers={"Content_Security_Policy": policy})
+    isolated = {"Cross_Origin_Embedder_Policy": "require-corp", "Cross_Origin_Opener_Policy": "same-origin"}
+    page = show(headers={"Content_Security_Policy": policy, **isolated})
+    assert page.evaluate("crossOriginIsolated")
     frame = opened(page)
     assert page.locator("umbel-chat .panel").evaluate("(element) => getComputedStyle(element).position") == "fixed"
     ask(frame, "brief")
@@ -307,15 +309,6 @@ def test_a_hostile_policy_without_the_frame_gets_a_word_and_a_link(show: Show, s
     expect(refused).to_contain_text("The chat cannot be shown on this page.")
     expect(refused.get_by_role("link")).to_be_focused()
     assert page.evaluate("violations.filter((each) => !each.startsWith('frame-src')).length") == 0
-
-
-def test_a_page_that_is_isolated_from_others_can_show_it(show: Show) -> None:
-    isolated = {"Cross_Origin_Embedder_Policy": "require-corp", "Cross_Origin_Opener_Policy": "same-origin"}
-    page = show(headers=isolated)
-    assert page.evaluate("crossOriginIsolated")
-    frame = opened(page)
-    ask(frame, "brief")
-    expect(answers(frame)).to_have_text("yes")
 
 
 # forged messages
@@ -338,7 +331,17 @@ FORGED = """<script>
 </script>"""
 
 
-def test_messages_of_others_are_ignored_both_ways(show: Show, stranger: Host) -> None:
+WRONG = """(origin) => {
+  const target = document.querySelector('umbel-chat').shadowRoot.querySelector('iframe').contentWindow;
+  const known = { ns: 'umbel-chat', v: 1 };
+  const forms = [{ type: 'send', text: 'spam' }, { ...known, v: 2, type: 'send', text: 'spam' }, null, 'x',
+    { ...known, type: 'constructor' }, { ...known, type: 'send', text: {} },
+    { ...known, type: 'set', theme: 'x onload=1', lang: '../../x', accent: 'red;background:url(x)' }];
+  for (const form of forms) target.postMessage(form, origin);
+}"""
+
+
+def test_forged_messages_are_ignored_both_ways(show: Show, stranger: Host, site: SiteProcess) -> None:
     stranger.put("/forger", FORGED)
     page = show(LISTEN + BUTTON + f"<iframe id=forger src='{stranger.url}/forger'></iframe>")
     frame = opened(page)
@@ -349,6 +352,7 @@ def test_messages_of_others_are_ignored_both_ways(show: Show, stranger: Host) ->
           document.getElementById('forger').contentWindow.postMessage('go', '*');
         })"""
     )
+    page.evaluate(WRONG, site.url)  # by the right page, but nothing that the bridge has
     ask(frame, "brief")  # what was to come of the forged ones came before this
     expect(answers(frame)).to_have_text("yes")
     expect(panel(page)).to_be_visible()
@@ -357,26 +361,7 @@ def test_messages_of_others_are_ignored_both_ways(show: Show, stranger: Host) ->
     expect(frame.get_by_role("heading", level=1)).to_have_text("Chat")
     assert [name for name, _ in events(page)[len(before) :]] == ["sent", "answered"]
     assert page.evaluate("document.querySelector('umbel-chat').style.getPropertyValue('--auto')") == ""
-
-
-def test_the_page_itself_cannot_say_what_the_bridge_does_not_have(show: Show, site: SiteProcess) -> None:
-    page = show()
-    frame = opened(page)
-    page.evaluate(
-        """(origin) => {
-          const target = document.querySelector('umbel-chat').shadowRoot.querySelector('iframe').contentWindow;
-          const known = { ns: 'umbel-chat', v: 1 };
-          const forms = [{ type: 'send', text: 'spam' }, { ...known, v: 2, type: 'send', text: 'spam' }, null, 'x',
-            { ...known, type: 'constructor' }, { ...known, type: 'send', text: {} },
-            { ...known, type: 'set', theme: 'x onload=1', lang: '../../x', accent: 'red;background:url(x)' }];
-          for (const form of forms) target.postMessage(form, origin);
-        }""",
-        site.url,
-    )
-    ask(frame, "brief")
-    expect(answers(frame)).to_have_text("yes")
-    expect(frame.locator(".user")).to_have_count(1)
-    assert page.frames[1].evaluate("document.documentElement.style.getPropertyValue('--accent')") == ""
+    assert page.frames[-1].evaluate("document.documentElement.style.getPropertyValue('--accent')") == ""
 
 
 # the embed page by itself
