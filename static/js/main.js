@@ -17,10 +17,11 @@ import { shortcutOf } from './shortcuts.js';
 import { Sidebar } from './sidebar.js';
 import { Swarm } from './swarm.js';
 import { contextText, modelText, stateText } from './texts.js';
-import { setUpTheme } from './theme.js';
+import { applyKeptTheme, setUpTheme } from './theme.js';
 import { Transcript } from './transcript.js';
 import { path } from './tree.js';
 
+applyKeptTheme();
 const config = JSON.parse(byId('config').textContent);
 const library = new Library();
 await Promise.all([setLanguage(config.languages), library.open()]);

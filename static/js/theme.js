@@ -20,13 +20,18 @@ function store(theme) {
   }
 }
 
+/** Apply an earlier choice: before anything is waited for, so that the page does not change before the reader's eyes. */
+export function applyKeptTheme() {
+  const found = stored();
+  if (found === 'dark' || found === 'light') document.documentElement.dataset.theme = found;
+}
+
 /** Make `button` change the colours, and apply an earlier choice; return what names the button anew. */
 export function setUpTheme(button) {
   const system = matchMedia('(prefers-color-scheme: dark)');
   const current = () => document.documentElement.dataset.theme ?? (system.matches ? 'dark' : 'light');
   const label = () => button.setAttribute('aria-label', t(current() === 'dark' ? 'theme.to_light' : 'theme.to_dark'));
-  const found = stored();
-  if (found === 'dark' || found === 'light') document.documentElement.dataset.theme = found;
+  applyKeptTheme();
   label();
   system.addEventListener('change', label);
   button.addEventListener('click', () => {
