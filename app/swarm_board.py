@@ -23,9 +23,13 @@ RunsOf = Callable[[str], Sequence[Run]]
 
 @dataclass(frozen=True, slots=True)
 class SwarmReport:
-    """All models at a time, in seconds since the epoch, each with its history; None where nothing was measured."""
+    """All models at a time, in seconds since the epoch, each with its history; None where nothing was measured.
+
+    `took_s` is how long the swarm was looked at.
+    """
 
     at: float
+    took_s: float
     models: tuple[ModelReport, ...]
     histories: tuple[HistoryReport | None, ...]
 
@@ -78,7 +82,7 @@ class SwarmBoard:
             runs = self._runs_of(opened.name)
             models.append(self._model(opened, recent_speed(runs, now)))
             histories.append(history_report(runs, now) if runs else None)
-        return SwarmReport(now, tuple(models), tuple(histories))
+        return SwarmReport(now, max(0.0, self._clock() - now), tuple(models), tuple(histories))
 
     def _model(self, opened: OpenedModel, measured: float | None) -> ModelReport:
         model = opened.model

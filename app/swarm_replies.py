@@ -282,7 +282,7 @@ def petals_state(report: SwarmReport, initial_ids: Sequence[str]) -> PetalsState
         ],
         last_updated=report.at,
         update_period=UPDATE_PERIOD_S,
-        update_duration=0.0,
+        update_duration=report.took_s,
     )
 
 
