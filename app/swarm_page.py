@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import ceil
 
 from flask import Flask, Response, make_response, render_template, request
 
@@ -53,7 +54,7 @@ def register(app: Flask, site: Site) -> None:
             time=_time,
             overall=_overall(report, t),
             cards=_cards(report, site.config.initial_peers),
-            canary_minutes=round(site.config.status.canary_s / 60),
+            canary_minutes=ceil(site.config.status.canary_s / 60),
             cause=lambda incident: t(f"incident.{CAUSES.get(incident.cause, 'other')}"),
             lasted=lambda incident: _lasted(incident, t),
             script_texts={key: t(key) for key in SCRIPT_TEXTS},
