@@ -226,6 +226,8 @@ def node_arguments(model: Path, span: Span, place: Sequence[str]) -> list[str]:
         str(span),
         "--cache-tokens",
         str(CACHE_TOKENS),
+        "--dtype",
+        "float32",
         "--threads",
         "1",
         "--drain-timeout",

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from bench.node_processes import LOOPBACK, START_TIMEOUT_S
+from bench.node_processes import LOOPBACK, START_TIMEOUT_S, with_dtype
 
 _PR_SET_PDEATHSIG = 1
 
@@ -79,7 +79,7 @@ class NodeNursery:
     def start(self, model: str, blocks: str, peer: str, *options: str) -> ForkedNode:
         """Return a node that is not online yet."""
         common = ("--blocks", blocks, "--threads", "1", "--log-level", "error", "--initial-peers", peer)
-        return self._fork(blocks, ["run", model, *common, *LOOPBACK, *options])
+        return self._fork(blocks, ["run", model, *common, *LOOPBACK, *with_dtype(options)])
 
     def _fork(self, blocks: str, arguments: Sequence[str]) -> ForkedNode:
         assert self._process.stdin is not None

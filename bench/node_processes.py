@@ -14,6 +14,12 @@ START_TIMEOUT_S = 120.0
 LOOPBACK = ("--host", "127.0.0.1", "--no-relay", "--no-port-mapping")
 
 
+def with_dtype(options: Sequence[str]) -> tuple[str, ...]:
+    """Return the options of a node, which computes in float32 unless they say otherwise: the same on every machine."""
+    is_chosen = "--dtype" in options or "--quantization" in options
+    return (*options,) if is_chosen else ("--dtype", "float32", *options)
+
+
 class NodeProcess:
     """One node; `address` is its multiaddress once it is online."""
 
@@ -21,7 +27,7 @@ class NodeProcess:
         peers = ("--initial-peers", *initial_peers) if initial_peers else ()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "server_node.cli", "run", model, "--blocks", blocks, "--threads", "1",
-             "--log-level", "warning", *LOOPBACK, *peers, *options],
+             "--log-level", "warning", *LOOPBACK, *peers, *with_dtype(options)],
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -13,8 +13,8 @@ from server_node.compute.worker import ComputeWorker
 from server_node.config import NodeConfig
 from server_node.figure_store import FigureStore
 from server_node.figures import Figures
-from server_node.node import software
 from server_node.speed import SpeedMeter
+from server_node.version import software
 from swarm_protocol.errors import SwarmError
 from swarm_protocol.model.hub import cache_folder
 from swarm_protocol.tensors import to_wire

@@ -26,8 +26,9 @@ class ModelChoice:
 class ComputeChoice:
     """What the blocks run on.
 
-    `dtype` "auto" is float32 on a CPU, where it is exact and as fast as it gets for a batch, bfloat16 there with
-    quantized weights, whose products are fast in it, and the checkpoint's own elsewhere. `quantization` is "none",
+    `dtype` "auto" is float32 on a CPU, where it is exact, and the checkpoint's own elsewhere, unless another one is
+    measured to be a fifth faster (`compute/dtype_rule.py`); with quantized weights it is bfloat16, in which their
+    products are fast. `quantization` is "none",
     "int8" or "nf4"; a CPU's "nf4" is 4-bit integers in groups of 32. `threads` None leaves torch's choice, one per
     core; several nodes on one machine should have one each, since their threads take the cores from each other (40 to
     60 % of throughput). `cache_tokens` is the KV cache in tokens per block over the whole span; None takes half of the

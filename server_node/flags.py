@@ -108,7 +108,8 @@ def _add_compute_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …; default: cpu")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto, the default, is float32 on a CPU and the checkpoint's own elsewhere",
+        help="auto, the default, is float32 on a CPU and the checkpoint's own elsewhere, or one that is measured to be "
+        "a fifth faster",
     )  # fmt: skip
     parser.add_argument(
         "--quantization", default="none", choices=("none", "int8", "nf4"),

@@ -30,7 +30,6 @@ from server_node.node import (
     no_wish,
     open_hivemind,
     outside_peer,
-    software,
 )
 from server_node.placement import Joiner, choose_span
 from server_node.probing import OutsidePeer, Proof
@@ -38,6 +37,7 @@ from server_node.status import ServedWork
 from server_node.swarm_holders import holders_among
 from server_node.swarm_records import read_records
 from server_node.uplink import Uplink
+from server_node.version import software
 from server_node.waiting import comes_first, stopped_or_lost
 from swarm_protocol.errors import PeerUnreachableError, SwarmError
 from swarm_protocol.identity import Identity

@@ -1,7 +1,6 @@
 """A node that serves its blocks, and what it needs of the network around it. `life.py` says how it comes to them."""
 
 import asyncio
-import importlib.metadata
 import logging
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -234,11 +233,3 @@ def best_address(addresses: Sequence[str]) -> str:
         raise ConfigError("the network gave this node no address to be reached at: check --host")
     beyond = [address for address in addresses if not address.startswith(("/ip4/127.", "/ip6/::1/"))]
     return (beyond or list(addresses))[0]
-
-
-def software() -> str:
-    """Return the program and its version, as records name it."""
-    try:
-        return f"umbel {importlib.metadata.version('umbel')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "umbel from source"

@@ -5,8 +5,9 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from server_node.node import Node, software
+from server_node.node import Node
 from server_node.status import NodeStatus
+from server_node.version import software
 from swarm_protocol.transport.base import Transport
 
 

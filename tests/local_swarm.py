@@ -37,7 +37,9 @@ class LocalSwarm:
         self.loop = LoopThread()
         self.nodes: list[PeerId] = []
         self._folder = folder
-        self._compute = ComputeChoice(cache_tokens=cache_tokens, prefix_tokens=prefix_tokens, threads=1)
+        self._compute = ComputeChoice(
+            dtype="float32", cache_tokens=cache_tokens, prefix_tokens=prefix_tokens, threads=1
+        )
         self._limits = limits or NodeLimits(drain_s=1.0, max_cache_share_per_peer=1.0)
         self._tasks: dict[PeerId, tuple[asyncio.Task[None], asyncio.Event]] = {}
         self.network = self.loop.run(self._make_network())

@@ -7,11 +7,13 @@ from transformers import PreTrainedModel
 
 from server_node.compute.block_loader import module_bytes
 from server_node.compute.device import free_memory_bytes, usable_device
+from server_node.compute.fastest_dtype import fastest_dtype
 from server_node.compute.quantization import quantized_bytes, scheme_of
 from server_node.compute.quantized_weights import Scheme
 from server_node.config import ModelChoice
 from swarm_protocol.model.anatomy import build_empty, find_anatomy
 from swarm_protocol.model.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarm_protocol.model.hub import cache_folder
 from swarm_protocol.model.tensor_loading import TensorLoader
 
 
@@ -59,7 +61,7 @@ def open_model(
         max_disk_bytes=choice.max_disk_bytes,
         on_download=on_download,
     )
-    chosen = _chosen_dtype(dtype, checkpoint, target, scheme)
+    chosen = _chosen_dtype(choice, dtype, checkpoint, target, scheme)
     empty = build_empty(checkpoint.config, chosen)
     disk = _on_disk(choice, checkpoint, empty)
     anatomy = find_anatomy(empty)
@@ -90,10 +92,15 @@ def _on_disk(choice: ModelChoice, checkpoint: Checkpoint, empty: PreTrainedModel
     return OnDisk(largest.needed_bytes, largest.room_bytes, largest.is_bounded)
 
 
-def _chosen_dtype(dtype: str, checkpoint: Checkpoint, device: torch.device, scheme: Scheme | None) -> torch.dtype:
+def _chosen_dtype(
+    choice: ModelChoice, dtype: str, checkpoint: Checkpoint, device: torch.device, scheme: Scheme | None
+) -> torch.dtype:
     if dtype != "auto":
         chosen: torch.dtype = getattr(torch, dtype)
         return chosen
     if scheme is not None:
         return torch.bfloat16  # what packed products are fast in
-    return torch.float32 if device.type == "cpu" else checkpoint.dtype
+    empty = build_empty(checkpoint.config, torch.float32)
+    blocks = getattr(empty.get_submodule((anatomy := find_anatomy(empty)).decoder), anatomy.blocks)
+    num_weights = max(sum(weight.numel() for weight in block.parameters()) for block in blocks)
+    return fastest_dtype(checkpoint, num_weights, free_memory_bytes(device), device, cache_folder(choice.cache_dir))
