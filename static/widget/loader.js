@@ -41,7 +41,7 @@
     .panel.full{inset:var(--top,0) 0 auto!important;width:100%;height:var(--seen,100dvh);border:0;border-radius:0}
     iframe{display:block;width:100%;height:100%;border:0}
     .refused{height:100%;display:grid;place-content:center;justify-items:center;gap:12px;padding:24px;box-sizing:border-box;text-align:center;color:var(--ink);background:var(--page)}
-    p{margin:0}a{color:inherit}
+    p,a{margin:0;color:inherit;unicode-bidi:plaintext}
     @media (prefers-reduced-motion:reduce){.panel{animation:none}}
     @media print{:host{display:none}}`);
 

@@ -46,6 +46,15 @@ def key(site: SiteProcess) -> str:
     return found
 
 
+@pytest.fixture(autouse=True)
+def patience(context: BrowserContext) -> Iterator[None]:
+    """A page, its frame and two servers take their time on a busy machine."""
+    context.set_default_timeout(30_000)
+    expect.set_options(timeout=30_000)
+    yield
+    expect.set_options(timeout=5_000)
+
+
 @pytest.fixture
 def show(context: BrowserContext, host: Host, site: SiteProcess, key: str) -> Show:
     """Shows a page with the widget; `data` are attributes of its script, `headers` the page's own."""
@@ -237,6 +246,7 @@ def test_theme_language_and_title_are_the_pages(show: Show) -> None:
 
 def test_a_phone_is_filled(browser: Browser, host: Host, site: SiteProcess, key: str) -> None:
     with browser.new_context(viewport={"width": 390, "height": 700}, has_touch=True) as context:
+        context.set_default_timeout(30_000)
         page = context.new_page()
         script = f"<script async src='{site.url}/widget/v1.js' data-key={key}></script>"
         page.goto(host.put("/", f"<main>{BUTTON}</main><aside inert>Was so before.</aside>{script}"))
