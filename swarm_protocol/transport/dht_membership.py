@@ -29,6 +29,10 @@ _NUM_REMEMBERED = 16
 """Other peers that are tried, too, when nobody is known any more: the first peers may be gone for good."""
 
 
+_NUM_CLOCKS = 3
+"""Peers whose clocks are compared with this machine's at each look: one of them may lie."""
+
+
 async def join(node: DHTNode, peers: Mapping[PeerId, str]) -> None:
     """Get to know the peers of the directory, starting from `peers`. The caller sets the deadline.
 
@@ -42,10 +46,9 @@ async def join(node: DHTNode, peers: Mapping[PeerId, str]) -> None:
         await asyncio.sleep(RETRY_S)
     offset_s = statistics.median(offsets_s)
     if abs(offset_s) > MAX_DHT_TIME_DISCREPANCY_SECONDS:
-        direction = "behind" if offset_s > 0 else "ahead of"
         raise ConfigError(
-            f"the clock of this machine is off: {abs(offset_s):.1f} s {direction} the swarm's, "
-            f"at most {MAX_DHT_TIME_DISCREPANCY_SECONDS} s are allowed; set it, or let NTP set it"
+            f"{_clock_words(offset_s)}, at most {MAX_DHT_TIME_DISCREPANCY_SECONDS} s are allowed; "
+            "set it, or let NTP set it"
         )
     await node.find_nearest_nodes([node.node_id])
 
@@ -81,7 +84,7 @@ async def keep_joined(node: DHTNode, p2p: P2P, initial_peers: Mapping[PeerId, st
         for peer, address in initial_peers.items()
     }
     remembered: dict[PeerID, None] = {}
-    was_alone = False
+    was_alone = was_off = False
     while True:
         await asyncio.sleep(LOOK_S * random.uniform(0.75, 1.25))  # noqa: S311  # when to look is no secret
         try:
@@ -96,6 +99,7 @@ async def keep_joined(node: DHTNode, p2p: P2P, initial_peers: Mapping[PeerId, st
             found = await asyncio.gather(*(_rejoin(node, p2p, peer, addresses.get(peer, [])) for peer in wanted))
             if any(found):
                 await node.find_nearest_nodes([node.node_id])
+            was_off = await _compare_clocks(node, list(known), was_off)
         except Exception as error:  # hivemind raises whatever happens below it; the next look may go well
             logger.debug("could not look for first peers: %r", error)
 
@@ -113,6 +117,28 @@ async def _rejoin(node: DHTNode, p2p: P2P, peer: PeerID, addresses: list[Multiad
     if offset_s is None:
         return False
     logger.info("found again peer=%s", short_peer(PeerId(peer.to_base58())))
-    if abs(offset_s) > MAX_DHT_TIME_DISCREPANCY_SECONDS:
-        logger.warning("the clock of this machine is %.1f s off the swarm's: set it, or let NTP set it", abs(offset_s))
     return True
+
+
+async def _compare_clocks(node: DHTNode, peers: list[PeerID], was_off: bool) -> bool:
+    """Say in the log, once, when this machine's clock has gone off the swarm's; return whether it is off."""
+    asked = random.sample(peers, min(_NUM_CLOCKS, len(peers)))
+    answers = await asyncio.gather(*(_ping(node, peer) for peer in asked))
+    offsets_s = [offset_s for offset_s in answers if offset_s is not None]
+    if not offsets_s:
+        return was_off
+    offset_s = statistics.median(offsets_s)
+    is_off: bool = abs(offset_s) > MAX_DHT_TIME_DISCREPANCY_SECONDS
+    if is_off and not was_off:
+        logger.warning(
+            "%s; others take this peer's records for expired, or refuse them: set it, or let NTP set it",
+            _clock_words(offset_s),
+        )
+    elif was_off and not is_off:
+        logger.info("the clock of this machine agrees with the swarm's again")
+    return is_off
+
+
+def _clock_words(offset_s: float) -> str:
+    direction = "behind" if offset_s > 0 else "ahead of"
+    return f"the clock of this machine is off: {abs(offset_s):.1f} s {direction} the swarm's"

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -297,6 +298,26 @@ async def test_a_clock_that_is_off_is_reported(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(dht_membership, "get_dht_time", lambda: time.time() + offset_s)
         with pytest.raises(ConfigError, match=rf"clock .* is off: 1?\d\.\d s {word}"):
             await open_transport(joining(first))
+
+
+async def test_a_clock_that_goes_off_while_a_peer_is_in_the_swarm_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(dht_membership, "LOOK_S", 0.1)
+    caplog.set_level("INFO", logger=dht_membership.logger.name)
+    async with opened() as first, opened(joining(first)):
+        with monkeypatch.context() as off:
+            off.setattr(dht_membership, "get_dht_time", lambda: time.time() + 10.0)
+            await until_logged(caplog, "the clock of this machine is off: 1?[0-9][.][0-9] s ahead of the swarm's")
+        await until_logged(caplog, "agrees with the swarm's again")
+    named = [record for record in caplog.records if "clock of this machine is off" in record.message]
+    assert 1 <= len(named) <= 2, "once by each of the two that know another one"
+
+
+async def until_logged(caplog: pytest.LogCaptureFixture, pattern: str) -> None:
+    async with asyncio.timeout(30):
+        while not re.search(pattern, caplog.text):  # noqa: ASYNC110 - nothing tells it
+            await asyncio.sleep(0.05)
 
 
 # --- limits and modes -------------------------------------------------------------------------------------------------
