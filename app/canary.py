@@ -6,10 +6,9 @@ No text of them is kept. A model of whose blocks some are in no record is not as
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+from app.canary_history import CanaryHistory, CanaryRun
 from app.config import StatusConfig
 from app.generation_queue import GenerationQueue
 from app.model_registry import ModelRegistry
@@ -25,42 +24,6 @@ PROMPT_TOKENS = 64  # what the prompt takes at most, with whatever a tokenizer a
 TIMEOUT_S = 90.0  # a person would have left; finding no node takes 30 s of it
 FIRST_S = 30.0  # after the start: whoever opened the site for the first time chats first
 TICK_S = 2.0
-MAX_RUNS = 6000  # of a model: a month of one in ten minutes, and some
-
-
-@dataclass(frozen=True, slots=True)
-class CanaryRun:
-    """One test answer. `outcome` is `ok` or an error's code, `started_at` in seconds since the epoch."""
-
-    model: str
-    started_at: float
-    outcome: str
-    first_token_s: float | None
-    tokens_per_s: float | None
-    min_replicas: int
-
-
-class CanaryHistory:
-    """The runs of the last month, in memory. Any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._runs: dict[str, deque[CanaryRun]] = {}
-
-    def add(self, run: CanaryRun) -> None:
-        """Keep a run; the oldest ones are forgotten."""
-        with self._lock:
-            self._runs.setdefault(run.model, deque(maxlen=MAX_RUNS)).append(run)
-
-    def forget(self, model: str) -> None:
-        """Drop the runs of a model."""
-        with self._lock:
-            self._runs.pop(model, None)
-
-    def since(self, model: str, started_at: float) -> Sequence[CanaryRun]:
-        """Return the runs of a model from `started_at` on, in order."""
-        with self._lock:
-            return [run for run in self._runs.get(model, ()) if run.started_at >= started_at]
 
 
 def is_due(last_at: float | None, began_at: float, now: float, period_s: float, *, is_busy: bool) -> bool:

@@ -58,6 +58,7 @@ class StatusConfig:
     events_s: float = 900.0  # after which a listener has to come again, so that all get a turn
     canary_s: float = 600.0  # between two test answers of a model, made when nobody waits; 0 for none
     canary_tokens: int = 16  # of a test answer: enough for a speed, a second or two of the swarm's time
+    history_file: str = ""  # where test answers are kept over a restart; empty for nowhere
 
 
 @dataclass(frozen=True, slots=True)

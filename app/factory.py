@@ -7,6 +7,7 @@ from flask import Flask
 from app import (
     api_errors,
     api_http,
+    api_metrics,
     api_openai,
     api_openapi,
     api_swarm,
@@ -43,6 +44,7 @@ def create_app(config: SiteConfig | None = None, models: ModelRegistry | None = 
     api_openai.register(app, site)
     api_openapi.register(app)
     api_swarm.register(app, site)
+    api_metrics.register(app, site)
     pages.register(app, site)
     swarm_page.register(app, site)
     embed_pages.register(app, site)

@@ -338,6 +338,12 @@ def _swarm_paths() -> Schema:
                 parameters=[_parameter("peer_id", "path", "the peer's id in base58")],
             )
         },
+        "/metrics": {
+            "get": _operation(
+                "metrics", "The swarm's state for Prometheus",
+                {"200": _text("the gauges"), "default": _text("an error, in one sentence")},
+            )
+        },
         "/swarm": {
             "get": _operation(
                 "swarm_page", "The status page",

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.canary import Canary, CanaryHistory, runs_of
+from app.canary import Canary, runs_of
+from app.canary_history import CanaryHistory
 from app.config import SiteConfig
 from app.embed_tokens import EmbedTokens
 from app.errors import NoCapacityError
@@ -122,7 +123,7 @@ class Site:
         self.kept: KeptConversations[Conversation] = KeptConversations(config.sockets)
         self.addresses = AddressCount(config.sockets.ws_per_address)
         self.drain = Drain(config.sockets.drain_s)
-        self.history = CanaryHistory()
+        self.history = CanaryHistory(config.status.history_file)
         self.board = SwarmBoard(models, self.queue, site_version(), runs_of(self.history))
         self.canary = Canary(models, self.queue, self.history, self.board.report, config.status)
         self.reachability = Reachability(lambda peer_id: models.ping(peer_id))

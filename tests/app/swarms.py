@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from app.canary import CanaryRun
+from app.canary_history import CanaryRun
 from swarm_client.model_swarm import SeenNode
 from swarm_protocol.records import NodeRecord
 

@@ -4,7 +4,8 @@ import threading
 
 import pytest
 
-from app.canary import FIRST_S, Canary, CanaryHistory, CanaryRun, CanaryTimeoutError, is_due, timed_answer
+from app.canary import FIRST_S, Canary, CanaryTimeoutError, is_due, timed_answer
+from app.canary_history import CanaryHistory, CanaryRun
 from app.config import StatusConfig
 from app.generation_queue import GenerationQueue
 from app.model_registry import ModelRegistry, ModelSource

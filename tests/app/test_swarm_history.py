@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.canary import CanaryRun
+from app.canary_history import CanaryRun
 from app.swarm_history import DAY_S, MONTH_S, RECENT_S, Incident, history_report, incidents, period, recent_speed
 
 NOW = 100 * DAY_S

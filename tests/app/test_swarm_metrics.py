@@ -1,9 +1,16 @@
 """The swarm's gauges for Prometheus."""
 
+import re
+import time
+from pathlib import Path
+
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.canary import CanaryHistory, CanaryRun, runs_of
+from app.canary import runs_of
+from app.canary_history import CanaryHistory, CanaryRun
+from app.config import SiteConfig
+from app.factory import create_app, site_of
 from app.generation_queue import GenerationQueue
 from app.model_registry import ModelRegistry, ModelSource
 from app.swarm_board import SwarmBoard
@@ -57,3 +64,16 @@ def test_of_models_that_are_not_open_only_that_is_told() -> None:
     found = values(FakeModel(), loaded=False)
     assert found["umbel_swarm_can_chat", "umbel/fake-1b"] == 0
     assert ("umbel_swarm_blocks", "umbel/fake-1b") not in found
+
+
+def test_the_site_serves_them_and_the_page_of_the_docs_names_them_all() -> None:
+    registry = ModelRegistry([ModelSource("umbel/fake-1b", FakeModel)])
+    app = create_app(SiteConfig(), registry)
+    registry.load()
+    site_of(app).history.add(CanaryRun("umbel/fake-1b", time.time() - 5, "ok", 0.5, 5.0, 1))
+    response = app.test_client().get("/metrics")
+    assert response.content_type.startswith("text/plain")
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    assert all(family.documentation and family.samples for family in families.values())
+    page = (Path(__file__).resolve().parents[2] / "docs" / "status-page.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(umbel_\w+)`", page, re.MULTILINE)) == set(families)
