@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from server_node.config import NodeConfig
-from server_node.flags import network_config, node_config, settings
+from server_node.flags import benchmark_config, network_config, node_config, settings
 from server_node.live_line import Screen, keep_shown, start_logging
 from server_node.owner_commands import complain, drain, show_status
 from server_node.progress import show_progress
@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "run":
         config = node_config(arguments)
         start = lambda: _run(config, lifecycle, screen, arguments.metrics_port)  # noqa: E731
+    elif arguments.command == "benchmark":
+        measured = benchmark_config(arguments)
+        start = lambda: _benchmark(measured, lifecycle, arguments.refresh)  # noqa: E731
     else:
         network = network_config(arguments)
         start = lambda: _bootstrap(network, lifecycle)  # noqa: E731
@@ -168,6 +171,12 @@ async def _run(config: NodeConfig, lifecycle: _Lifecycle, screen: Screen, metric
                 await run_node(config, lifecycle.stop, observer)
             finally:
                 showing.cancel()
+
+
+async def _benchmark(config: NodeConfig, lifecycle: _Lifecycle, is_fresh: bool) -> None:
+    from server_node.benchmark_command import benchmark
+
+    lifecycle.up(await benchmark(config, is_fresh=is_fresh))
 
 
 async def _bootstrap(network: NetworkConfig, lifecycle: _Lifecycle) -> None:

@@ -26,22 +26,8 @@ class _Parser(argparse.ArgumentParser):
 def node_config(arguments: argparse.Namespace) -> NodeConfig:
     """Return what `umbel-node run` is to do, as `arguments` have it."""
     return NodeConfig(
-        model=ModelChoice(
-            source=arguments.model,
-            revision=arguments.revision,
-            cache_dir=arguments.cache_dir,
-            max_disk_bytes=arguments.max_disk,
-            blocks=arguments.blocks,
-            num_blocks=arguments.num_blocks,
-        ),
-        compute=ComputeChoice(
-            device=arguments.device,
-            dtype=arguments.dtype,
-            quantization=arguments.quantization,
-            threads=arguments.threads,
-            cache_tokens=arguments.cache_tokens,
-            prefix_tokens=arguments.prefix_tokens,
-        ),
+        model=_model_choice(arguments),
+        compute=_compute_choice(arguments),
         network=network_config(arguments),
         limits=NodeLimits(
             max_sessions=arguments.max_sessions,
@@ -51,6 +37,33 @@ def node_config(arguments: argparse.Namespace) -> NodeConfig:
         ),
         name=arguments.name,
         only_when_idle=arguments.only_when_idle,
+    )
+
+
+def benchmark_config(arguments: argparse.Namespace) -> NodeConfig:
+    """Return the node that `umbel-node benchmark` measures, as `arguments` have it."""
+    return NodeConfig(_model_choice(arguments), _compute_choice(arguments))
+
+
+def _model_choice(arguments: argparse.Namespace) -> ModelChoice:
+    return ModelChoice(
+        source=arguments.model,
+        revision=arguments.revision,
+        cache_dir=arguments.cache_dir,
+        max_disk_bytes=arguments.max_disk,
+        blocks=arguments.blocks,
+        num_blocks=arguments.num_blocks,
+    )
+
+
+def _compute_choice(arguments: argparse.Namespace) -> ComputeChoice:
+    return ComputeChoice(
+        device=arguments.device,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
+        threads=arguments.threads,
+        cache_tokens=arguments.cache_tokens,
+        prefix_tokens=arguments.prefix_tokens,
     )
 
 
@@ -74,34 +87,42 @@ def settings() -> Settings:
     parser = _Parser(prog="umbel-node", description="Serve blocks of a language model to a swarm.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     run = commands.add_parser("run", help="serve blocks of a model")
-    run.add_argument(
-        "model", metavar="MODEL", nargs="?", help="a folder of safetensors, a .gguf file, or a hub repository"
-    )
-    span = run.add_mutually_exclusive_group()
-    span.add_argument("--blocks", type=_span, metavar="0:15", help="serve exactly these blocks, the end excluded")
-    span.add_argument(
-        "--num-blocks", type=_positive, metavar="N", help="serve N blocks where fewest are held; default: all that fit"
-    )  # fmt: skip
-    run.add_argument("--revision", help="the hub repository's branch, tag or commit")
-    run.add_argument("--cache-dir", metavar="FOLDER", help="where hub repositories are kept")
-    run.add_argument(
-        "--max-disk", type=_size, metavar="SIZE",
-        help="keep at most so much of downloaded parts of models, such as 50GB; default: no bound",
-    )  # fmt: skip
-    _add_compute_arguments(run)
+    measure = commands.add_parser("benchmark", help="show how fast this machine is at blocks of a model")
+    for command in (run, measure):
+        _add_model_arguments(command)
+        _add_compute_arguments(command)
+    measure.add_argument("--refresh", action="store_true", help="forget what was measured on this machine before")
     _add_limit_arguments(run)
     bootstrap = commands.add_parser("bootstrap", help="be a first peer that others join at")
-    for command in (run, bootstrap):
+    for command in (run, measure, bootstrap):
         command.add_argument("--config", metavar="FILE", help="a TOML file with any of these flags; see the docs")
+    for command in (run, bootstrap):
         _add_network_arguments(command)
     drain = commands.add_parser("drain", help="let a node that runs on this machine leave, and wait until it has")
     status = commands.add_parser("status", help="show what a node that runs on this machine does now")
     for command in (drain, status):
         command.add_argument("--identity", metavar="FILE", help="that of the node; default: the only node without one")
     status.add_argument("--json", action="store_true", help="for programs: one line of JSON")
-    for command in (run, bootstrap, drain, status):
+    for command in (run, measure, bootstrap, drain, status):
         command.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return Settings(parser, commands.choices)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a folder of safetensors, a .gguf file, or a hub repository"
+    )
+    span = parser.add_mutually_exclusive_group()
+    span.add_argument("--blocks", type=_span, metavar="0:15", help="serve exactly these blocks, the end excluded")
+    span.add_argument(
+        "--num-blocks", type=_positive, metavar="N", help="serve N blocks where fewest are held; default: all that fit"
+    )  # fmt: skip
+    parser.add_argument("--revision", help="the hub repository's branch, tag or commit")
+    parser.add_argument("--cache-dir", metavar="FOLDER", help="where hub repositories are kept")
+    parser.add_argument(
+        "--max-disk", type=_size, metavar="SIZE",
+        help="keep at most so much of downloaded parts of models, such as 50GB; default: no bound",
+    )  # fmt: skip
 
 
 def _add_compute_arguments(parser: argparse.ArgumentParser) -> None:

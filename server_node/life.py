@@ -205,7 +205,9 @@ class _Life:
 
     async def _know_uplink(self, is_online: asyncio.Event, proof: Proof, node: Node) -> None:
         await is_online.wait()
-        uplink = Uplink(self._transport, cache_folder(self._config.model.cache_dir), node.speed)
+        config = self._config
+        folder, bound = cache_folder(config.model.cache_dir), config.network.max_bytes_per_s
+        uplink = Uplink(self._transport, folder, node.speed, bound)
         await uplink.know(proof.peers)
 
     async def _wish(self, announcer: Announcer) -> Ending:
@@ -295,7 +297,7 @@ class _Life:
             hidden_size=loaded.hidden_size,
             dtype=loaded.dtype,
             cache_tokens=cache_tokens,
-            numerics=_numerics(model),
+            numerics=model.numerics,
         )
 
     def _record(self, span: Span) -> NodeRecord:
@@ -313,17 +315,13 @@ class _Life:
             versions=PROTOCOL_VERSIONS,
             software=software(),
             dtype=dtype_name(model.dtype),
-            numerics=_numerics(model),
+            numerics=model.numerics,
             free_tokens=0,
             max_tokens=0,
             name=self._config.name,
             max_blocks=num_blocks_to_hold(self._config.model, model),
             placed=self._placed,
         )
-
-
-def _numerics(model: OpenedModel) -> str:
-    return f"{model.checkpoint.revision}/{dtype_name(model.dtype)}/{model.kernels}"
 
 
 def _until_stopped(progress: Progress, stop: asyncio.Event) -> Progress:

@@ -7,6 +7,7 @@ line of its own. What was found is kept for a day: lines change more often than 
 import asyncio
 import json
 import logging
+import math
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -67,16 +68,20 @@ async def _sent(stream: MessageStream, size_bytes: int) -> float:
 class Uplink:
     """This node's uplink: known from an earlier start, or measured. Belongs to the event loop."""
 
-    def __init__(self, transport: Transport, folder: Path, speed: SpeedMeter) -> None:
+    def __init__(
+        self, transport: Transport, folder: Path, speed: SpeedMeter, max_bytes_per_s: int | None = None
+    ) -> None:
+        """`max_bytes_per_s` is what the owner allows, whatever the line carries."""
         self._transport = transport
         self._path = folder / FOLDER / "uplink.json"
         self._speed = speed
+        self._max_bytes_per_s = max_bytes_per_s or math.inf
 
     async def know(self, peers: Callable[[], Awaitable[Sequence[PeerId]]]) -> None:
         """Tell the speed meter; measure with the first of `peers` if nothing is known."""
         known = uplink_from(read_small(self._path), self._transport.now_s())
         if known is not None:
-            self._speed.uplink_bytes_per_s = known
+            self._speed.uplink_bytes_per_s = min(known, self._max_bytes_per_s)
             return
         await asyncio.sleep(_BEGIN_S)
         rates: list[float] = []
@@ -86,10 +91,11 @@ class Uplink:
             except (SwarmError, TimeoutError) as error:
                 logger.debug("the uplink to %s was not measured: %r", short_peer(peer_id), error)
         if rates:
-            self._speed.uplink_bytes_per_s = max(rates)
-            logger.info("uplink: %.2f MB/s to %d peers", max(rates) / 1e6, len(rates))
-            values = {"bytes_per_s": max(rates), "measured_s": self._transport.now_s()}
-            write_small(self._path, json.dumps(values))
+            self._speed.uplink_bytes_per_s = rate = min(max(rates), self._max_bytes_per_s)
+            logger.info("uplink: %.2f MB/s, tried with %d peers", rate / 1e6, len(rates))
+            if self._max_bytes_per_s == math.inf:  # else the line is not known
+                values = {"bytes_per_s": rate, "measured_s": self._transport.now_s()}
+                write_small(self._path, json.dumps(values))
 
 
 def uplink_from(text: str | None, now_s: float) -> float | None:

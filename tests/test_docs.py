@@ -256,7 +256,7 @@ def help_of(main: Callable[[list[str]], object], *arguments: str) -> set[str]:
 def test_no_flag_is_missing_and_none_is_invented() -> None:
     commands = {
         (server_node.cli.main, "run"), (server_node.cli.main, "bootstrap"),
-        (server_node.cli.main, "drain"), (server_node.cli.main, "status"),
+        (server_node.cli.main, "drain"), (server_node.cli.main, "status"), (server_node.cli.main, "benchmark"),
         (app.cli.main, "serve"), (app.cli.main, "demo"), (app.cli.main, "widget create"),
     }  # fmt: skip
     known = set().union(*(help_of(main, *command.split()) for main, command in commands))

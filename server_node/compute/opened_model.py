@@ -15,6 +15,7 @@ from swarm_protocol.model.anatomy import build_empty, find_anatomy
 from swarm_protocol.model.checkpoint import Checkpoint, Progress, open_checkpoint
 from swarm_protocol.model.hub import cache_folder
 from swarm_protocol.model.tensor_loading import TensorLoader
+from swarm_protocol.tensors import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,11 @@ class OpenedModel:
     scheme: Scheme | None = None
     loading_bytes: int = 0
     disk: OnDisk | None = None
+
+    @property
+    def numerics(self) -> str:
+        """What a record says of it: equal for nodes whose KV caches are interchangeable."""
+        return f"{self.checkpoint.revision}/{dtype_name(self.dtype)}/{self.kernels}"
 
     @property
     def kernels(self) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from server_node import cli
 from server_node.admission import ServedSpan
 from server_node.benchmark import measure_speed
 from server_node.figure_store import FOLDER, FigureStore
@@ -21,6 +22,7 @@ from swarm_protocol.messages import PROBE_PROTOCOL, ErrorReply, Payload, Payload
 from swarm_protocol.transport.base import FrameStream
 from swarm_protocol.transport.memory_net import LinkProfile, MemoryNetwork
 from tests.node.node_scenario import HIDDEN, MODEL, REVISION, SPAN, GatedWorker, virtual
+from tests.tiny_models import save_tiny_model
 
 KEY = FiguresKey("m", "r/float32/cpu", 2, "a CPU", 2, "umbel 1, torch 2")
 FIGURES = Figures({1: 0.001, 8: 0.002, 16: 0.004}, 0.0001, 1000.0)
@@ -129,6 +131,25 @@ async def test_no_more_rows_are_measured_than_the_cache_has_room_for(tmp_path: P
     assert set(speed.figures.decode_s) == {1, 8}
 
 
+def test_the_command_shows_what_is_measured_and_then_what_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(name, "PASSIVE" if name == "OMP_WAIT_POLICY" else "0")  # the command sets them
+    save_tiny_model("llama", tmp_path / "tiny-llama")
+    command = ["benchmark", str(tmp_path / "tiny-llama"), "--cache-dir", str(tmp_path), "--blocks", "1:4"]
+    command += ["--threads", "1", "--cache-tokens", "200"]
+    shown = []
+    for extra in ([], [], ["--refresh"]):
+        assert cli.main([*command, *extra]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0].splitlines()[0] == "tiny-llama blocks 1:4 in float32"
+    assert [line.split()[0] for line in shown[0].splitlines()[1:]] == ["rows", "1", "8", "16", "prompt"]
+    assert shown[1] == shown[0]
+    assert shown[2] != shown[0]
+    assert cli.main([*command[:4], "--num-blocks", "9"]) == 2
+
+
 # --- the uplink
 
 
@@ -174,6 +195,9 @@ async def test_the_uplink_is_measured_with_two_peers_at_most_and_known_for_a_day
     await Uplink(me, tmp_path, again).know(found)
     assert again.uplink_bytes_per_s == first.uplink_bytes_per_s
     assert len(asked) == 1
+    bounded = SpeedMeter()
+    await Uplink(me, tmp_path, bounded, 125_000).know(found)
+    assert bounded.uplink_bytes_per_s == 125_000
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", "[]", '{"bytes_per_s": 0, "measured_s": 5}', '{"bytes_per_s": 9}'])
