@@ -1,6 +1,7 @@
 """The chat on other people's pages: on those that may show it, on those that may not, and under attack."""
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -198,9 +199,12 @@ def test_a_chat_goes_on_on_the_next_page(show: Show) -> None:
     expect(answers(frame)).to_have_text("yes")
     frame.get_by_role("button", name="New chat").click()
     expect(frame.locator(".assistant")).to_have_count(0)
+    ask(frame, "brief")
+    expect(answers(frame)).to_have_text("yes")
+    page.clock.set_fixed_time(time.time() + 25 * 3600)
     page.reload()
     page.locator("umbel-chat").wait_for(state="attached")
-    expect(opened(page).locator(".assistant")).to_have_count(0)
+    expect(opened(page).locator(".assistant")).to_have_count(0)  # after a day
 
 
 def test_it_works_where_nothing_can_be_stored(show: Show, context: BrowserContext) -> None:

@@ -14,6 +14,7 @@ import { Look } from './look.js';
 import { Pass } from './pass.js';
 
 const WELCOME_PX = 220; // what the welcome needs
+const KEEP_MS = 24 * 3600 * 1000; // a chat is gone on with for so long; nobody would look for it later, or should
 const REFUSALS = new Set(['embed_expired', 'embed_closed']);
 
 const config = JSON.parse(byId('config').textContent);
@@ -137,6 +138,7 @@ new ResizeObserver(() => {
   tellHeight();
 }).observe(byId('messages'));
 
+for (const { id, updatedMs } of library.all()) if (Date.now() - updatedMs > KEEP_MS) library.delete(id);
 // What another page said of itself is not for this one.
 chat.open({ ...(library.all()[0] ?? library.create()), system: '' }, { canResume: true });
 paint();

@@ -2,6 +2,8 @@
 
 const FRESH_SHARE = 0.8; // of its life; the rest is for clocks and slow lines
 
+const FETCH_MS = 10_000; // then the old one has to do
+
 export class Pass {
   #address;
   #token;
@@ -24,11 +26,11 @@ export class Pass {
   async get() {
     if (Date.now() < this.#staleMs) return this.#token;
     try {
-      const answer = await fetch(this.#address, { cache: 'no-store' });
+      const answer = await fetch(this.#address, { cache: 'no-store', signal: AbortSignal.timeout(FETCH_MS) });
       if (answer.ok) this.#token = (await answer.json()).token;
       this.#staleMs = Date.now() + this.#lifeMs;
     } catch {
-      // The socket tells of a site that cannot be reached.
+      // The socket tells of a site that cannot be reached, or that does not take the old one.
     }
     return this.#token;
   }
