@@ -346,7 +346,7 @@ FORGED = """<script>
 
 
 WRONG = """(origin) => {
-  const target = document.querySelector('umbel-chat').shadowRoot.querySelector('iframe').contentWindow;
+  const target = document.getElementById('chat').contentWindow;
   const known = { ns: 'umbel-chat', v: 1 };
   const forms = [{ type: 'send', text: 'spam' }, { ...known, v: 2, type: 'send', text: 'spam' }, null, 'x',
     { ...known, type: 'constructor' }, { ...known, type: 'send', text: {} },
@@ -355,27 +355,49 @@ WRONG = """(origin) => {
 }"""
 
 
-def test_forged_messages_are_ignored_both_ways(show: Show, stranger: Host, site: SiteProcess) -> None:
-    stranger.put("/forger", FORGED)
-    page = show(LISTEN + BUTTON + f"<iframe id=forger src='{stranger.url}/forger'></iframe>")
-    frame = opened(page)
-    before = events(page)
+def forge(page: Page) -> None:
+    """Have the stranger in the page send what it can to everybody there."""
     page.evaluate(
         """() => new Promise((resolve) => {
           addEventListener('message', ({ data }) => data === 'done' && resolve());
           document.getElementById('forger').contentWindow.postMessage('go', '*');
         })"""
     )
-    page.evaluate(WRONG, site.url)  # by the right page, but nothing that the bridge has
+
+
+def test_the_page_ignores_forged_messages(show: Show, stranger: Host) -> None:
+    stranger.put("/forger", FORGED)
+    page = show(LISTEN + BUTTON + f"<iframe id=forger src='{stranger.url}/forger'></iframe>")
+    frame = opened(page)
+    before = events(page)
+    forge(page)
     ask(frame, "brief")  # what was to come of the forged ones came before this
     expect(answers(frame)).to_have_text("yes")
     expect(panel(page)).to_be_visible()
+    assert [name for name, _ in events(page)[len(before) :]] == ["sent", "answered"]
+    assert page.evaluate("document.querySelector('umbel-chat').style.getPropertyValue('--auto')") == ""
+
+
+def test_the_chat_ignores_forged_messages(
+    context: BrowserContext, host: Host, stranger: Host, site: SiteProcess, key: str
+) -> None:
+    stranger.put("/forger", FORGED)
+    chat = f"<iframe id=chat src='{site.url}/embed/{key}'></iframe>"  # in no shadow tree, so that others can reach it
+    page = context.new_page()
+    page.goto(host.put("/", f"{chat}<iframe id=forger src='{stranger.url}/forger'></iframe>"))
+    frame = page.frame_locator("#chat")
+    frame.locator("#prompt:enabled").wait_for()
+    forge(page)
+    page.evaluate(WRONG, site.url)  # by the right page, but nothing that the bridge has
+    ask(frame, "brief")
+    expect(answers(frame)).to_have_text("yes")
     expect(frame.locator(".user")).to_have_count(1)
     expect(frame.get_by_label("Message")).to_have_value("")
     expect(frame.get_by_role("heading", level=1)).to_have_text("Chat")
-    assert [name for name, _ in events(page)[len(before) :]] == ["sent", "answered"]
-    assert page.evaluate("document.querySelector('umbel-chat').style.getPropertyValue('--auto')") == ""
-    assert page.frames[-1].evaluate("document.documentElement.style.getPropertyValue('--accent')") == ""
+    assert page.frames[1].evaluate("document.documentElement.style.getPropertyValue('--accent')") == ""
+    mine = "{ ns: 'umbel-chat', v: 1, type: 'prefill', text: 'mine' }"
+    page.evaluate(f"() => document.getElementById('chat').contentWindow.postMessage({mine}, '*')")
+    expect(frame.get_by_label("Message")).to_have_value("mine")
 
 
 # the embed page by itself
