@@ -28,8 +28,8 @@ class ComputeChoice:
 
     `dtype` "auto" is float32 on a CPU, where it is exact, and the checkpoint's own elsewhere, unless another one is
     measured to be a fifth faster (`compute/dtype_rule.py`); with quantized weights it is bfloat16, in which their
-    products are fast. `quantization` is "none",
-    "int8" or "nf4"; a CPU's "nf4" is 4-bit integers in groups of 32. `threads` None leaves torch's choice, one per
+    products are fast. `quantization` is "none", "int8" or "nf4"; CUDA's are bitsandbytes', a CPU's "nf4" is 4-bit
+    integers in groups of 32. `threads` None leaves torch's choice, one per
     core; several nodes on one machine should have one each, since their threads take the cores from each other (40 to
     60 % of throughput). `cache_tokens` is the KV cache in tokens per block over the whole span; None takes half of the
     memory that is free once the weights are loaded: the rest is for activations and for whatever else runs on a

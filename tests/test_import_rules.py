@@ -25,7 +25,7 @@ LIBRARIES = {
     "flask": ("app/",),
     "flask_sock": ("app/",),
     "gunicorn": ("app/",),
-    "bitsandbytes": ("server_node/compute/quantization.py",),
+    "bitsandbytes": ("server_node/compute/bitsandbytes_layers.py",),
     "transformers": ("swarm_protocol/model/", "server_node/compute/", "swarm_client/"),
     "torch": ("swarm_protocol/", "server_node/", "swarm_client/"),
 }

@@ -5,12 +5,12 @@ import time
 
 import torch
 
+from server_node.compute.bitsandbytes_layers import unlisted_bytes
 from server_node.compute.block_runner import BlockRunner
 from server_node.compute.device import free_memory_bytes
 from server_node.compute.grouped_queries import group_queries
 from server_node.compute.packed_linears import pack_linears, packed_bytes
-from server_node.compute.quantization import Quantizer
-from server_node.compute.quantized_weights import Scheme
+from server_node.compute.quantization import Held, Quantizer
 from swarm_protocol.model.checkpoint import Checkpoint, Progress
 from swarm_protocol.model.few_rows import speed_up
 from swarm_protocol.model.parts import load_span
@@ -29,7 +29,7 @@ def load_blocks(
     dtype: torch.dtype | None = None,
     device: torch.device,
     progress: Progress | None = None,
-    scheme: Scheme | None = None,
+    scheme: Held | None = None,
 ) -> BlockRunner:
     """Return a runner of `span` on `device`; `dtype` None is the checkpoint's own.
 
@@ -59,4 +59,5 @@ def load_blocks(
 
 def module_bytes(module: torch.nn.Module) -> int:
     """Return the size in bytes of a module's weights and buffers."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) + packed_bytes(module)
+    listed_bytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return listed_bytes + packed_bytes(module) + unlisted_bytes(module)

@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 from server_node.compute.block_loader import module_bytes
 from server_node.compute.device import free_memory_bytes, usable_device
 from server_node.compute.fastest_dtype import fastest_dtype
-from server_node.compute.quantization import quantized_bytes, scheme_of
-from server_node.compute.quantized_weights import Scheme
+from server_node.compute.quantization import Held, quantized_bytes, scheme_of
 from server_node.config import ModelChoice
 from swarm_protocol.model.anatomy import build_empty, find_anatomy
 from swarm_protocol.model.checkpoint import Checkpoint, Progress, open_checkpoint
@@ -39,7 +38,7 @@ class OpenedModel:
     device_type: str
     block_bytes: int
     free_bytes: int
-    scheme: Scheme | None = None
+    scheme: Held | None = None
     loading_bytes: int = 0
     disk: OnDisk | None = None
 
@@ -99,13 +98,15 @@ def _on_disk(choice: ModelChoice, checkpoint: Checkpoint, empty: PreTrainedModel
 
 
 def _chosen_dtype(
-    choice: ModelChoice, dtype: str, checkpoint: Checkpoint, device: torch.device, scheme: Scheme | None
+    choice: ModelChoice, dtype: str, checkpoint: Checkpoint, device: torch.device, scheme: Held | None
 ) -> torch.dtype:
     if dtype != "auto":
         chosen: torch.dtype = getattr(torch, dtype)
         return chosen
     if scheme is not None:
-        return torch.bfloat16  # what packed products are fast in
+        # What packed products are fast in, and bitsandbytes; CUDA devices before Ampere are slow with it.
+        is_old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.float16 if is_old else torch.bfloat16
     empty = build_empty(checkpoint.config, torch.float32)
     blocks = getattr(empty.get_submodule((anatomy := find_anatomy(empty)).decoder), anatomy.blocks)
     num_weights = max(sum(weight.numel() for weight in block.parameters()) for block in blocks)

@@ -1,6 +1,7 @@
-"""Linear layers of a node whose weights are quantized: on a CPU in 8 bits (`int8`) and in 4 (`nf4`).
+"""Linear layers of a node whose weights are quantized in 8 bits (`int8`) and in 4 (`nf4`).
 
-Layers are replaced block by block while a span is loaded. In 16 bits, few rows are multiplied by torch's packed
+Layers are replaced block by block while a span is loaded. On CUDA they are bitsandbytes' (`bitsandbytes_layers.py`), on
+a CPU those here. In 16 bits, few rows are multiplied by torch's packed
 products, and many by a weight that is turned back into plain numbers piece by piece, from the number of rows on that
 was measured to be faster. In float32 those products are too slow, and all rows take the second way, so that a row's
 result depends on the others by no more than the order of sums. What a CPU makes of `nf4` is no NF4: groups of 4-bit
@@ -11,12 +12,13 @@ import copy
 import logging
 from collections.abc import Mapping
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from server_node.compute.bitsandbytes_layers import BitsAndBytes
 from server_node.compute.quantized_weights import Int4Groups, Int8Rows, Scheme, packed_weight, pieces
 from swarm_protocol.errors import ConfigError
 from swarm_protocol.model.few_rows import best_s
@@ -39,7 +41,11 @@ _MAX_ERROR = 0.02
 """Of torch's packed product against plain numbers, relative to the largest value; bfloat16 is off by 0.004."""
 
 
-def scheme_of(quantization: str, device: torch.device) -> Scheme | None:
+Held: TypeAlias = Scheme | BitsAndBytes
+"""How weights are held: by the products of this file, or by bitsandbytes'."""
+
+
+def scheme_of(quantization: str, device: torch.device) -> Held | None:
     """Return how weights are held for a value of `--quantization`, None for `none`.
 
     Raises ConfigError for a device, a CPU or a torch that cannot do it.
@@ -48,9 +54,13 @@ def scheme_of(quantization: str, device: torch.device) -> Scheme | None:
         return None
     if quantization not in SCHEMES:
         raise ConfigError(f"--quantization is none, {' or '.join(SCHEMES)}, not {quantization!r}")
+    if device.type == "cuda":
+        held = BitsAndBytes("int8" if quantization == "int8" else "nf4")
+        held.check(device)
+        return held
     if device.type != "cpu":
         raise ConfigError(
-            f"--quantization {quantization} is for CPUs only, not for {device.type}: "
+            f"--quantization {quantization} is for CPUs and CUDA, not for {device.type}: "
             f"leave it out, and choose --dtype bfloat16 or float16 to save memory"
         )
     scheme: Scheme = SCHEMES[quantization]()
@@ -140,7 +150,7 @@ class Quantizer:
     measured, which takes some hundredths of a second.
     """
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: Held) -> None:
         self.scheme = scheme
         self.num_layers = 0
         self._max_packed_rows: dict[tuple[object, ...], int] = {}
@@ -151,10 +161,15 @@ class Quantizer:
                  if is_eligible(child) and not next(child.parameters()).is_meta]  # fmt: skip
         for parent, name in found:
             # Nothing else may hold the plain weight by now.
-            layer = QuantizedLinear(getattr(parent, name), self.scheme)
-            layer.max_packed_rows = self._rows_of(layer)
-            setattr(parent, name, layer)
+            setattr(parent, name, self._layer(getattr(parent, name)))
             self.num_layers += 1
+
+    def _layer(self, linear: nn.Linear) -> nn.Module:
+        if isinstance(self.scheme, BitsAndBytes):
+            return self.scheme.layer(linear)
+        layer = QuantizedLinear(linear, self.scheme)
+        layer.max_packed_rows = self._rows_of(layer)
+        return layer
 
     def _rows_of(self, layer: QuantizedLinear) -> int:
         key = (layer.in_features, layer.out_features, layer.scales.dtype)
@@ -176,7 +191,7 @@ def is_eligible(module: nn.Module) -> bool:
     )
 
 
-def quantized_bytes(block: nn.Module, scheme: Scheme) -> int:
+def quantized_bytes(block: nn.Module, scheme: Held) -> int:
     """Return what a block's weights and buffers will take once it is quantized; it may be on the meta device."""
     size_bytes = sum(tensor.nbytes for tensor in (*block.parameters(), *block.buffers()))
     for module in block.modules():

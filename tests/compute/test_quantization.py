@@ -311,13 +311,6 @@ def test_quantized_nodes_run_in_bfloat16_unless_told(large: Path) -> None:
 # --- refusals
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_other_devices_are_refused_with_a_hint(kind: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{kind} is for CPUs only, not for cuda: .*--dtype bfloat16"):
-        scheme_of(kind, torch.device("cuda"))
-    assert scheme_of("none", torch.device("cuda")) is None
-
-
 def test_unknown_kinds_are_refused() -> None:
     with pytest.raises(ConfigError, match="none, int8 or nf4, not 'int3'"):
         scheme_of("int3", CPU)

@@ -1,6 +1,7 @@
 """What quantized blocks cost a real model: perplexity of a text, against float32. Run with -s to see the figures."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from app.demo import find_model
+from server_node.compute.bitsandbytes_layers import BitsAndBytes
 from server_node.compute.block_loader import load_blocks
 from server_node.compute.quantization import QuantizedLinear, is_eligible, scheme_of
 from swarm_protocol.model import load_ends, load_span, open_checkpoint
@@ -68,6 +70,16 @@ def test_quantized_blocks_cost_less_than_a_hundredth_of_perplexity(
     print(f"{kind}, {dtype}: perplexity {100 * excess:+.2f} %")
     # The file holds 4-bit numbers in groups as those of nf4, which finds them again; int8 is as good for any file.
     assert abs(excess) < 0.01
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("int8", 0.03), ("nf4", 0.2)])
+def test_what_a_cuda_node_quantizes_costs_little(
+    smollm2: Checkpoint, judge: Judge, kind: Literal["int8", "nf4"], limit: float
+) -> None:
+    runner = load_blocks(smollm2, WHOLE, dtype=torch.bfloat16, device=CPU, scheme=BitsAndBytes(kind))
+    excess = judge.excess(runner.module)
+    print(f"{kind} of bitsandbytes: perplexity {100 * excess:+.2f} %")
+    assert abs(excess) < limit
 
 
 def test_4_bits_in_other_groups_than_the_files_cost_a_fifth_at_most(judge: Judge) -> None:

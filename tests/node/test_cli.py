@@ -100,8 +100,8 @@ def test_quantization_on_a_device_that_cannot_is_one_line(
     model: str, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("server_node.compute.opened_model.usable_device", torch.device)
-    says = "--quantization nf4 is for CPUs only, not for cuda: leave it out"
-    assert says in refusal("run", model, "--device", "cuda", "--quantization", "nf4", *LOCAL)
+    says = "--quantization nf4 is for CPUs and CUDA, not for mps: leave it out"
+    assert says in refusal("run", model, "--device", "mps", "--quantization", "nf4", *LOCAL)
 
 
 def test_blocks_outside_of_the_model_are_one_line(model: str, refusal: Refusal):
