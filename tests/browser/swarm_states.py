@@ -41,16 +41,16 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with running_site(settings=SETTINGS) as site, sync_playwright() as found:
         browser = found.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"])
-        sheet = browser.new_page(viewport={"width": 2500, "height": 800})
+        sheet = browser.new_page(viewport={"width": 1500, "height": 950})
         for name in STATES:
             set_swarm(site, name)
             pictures = [base64.b64encode(_picture(browser, site, side)).decode() for side in SIDES]
             sheet.set_content(
                 "<body style='margin:10px;display:flex;align-items:start;gap:20px;background:#888;width:max-content'>"
-                + "".join(f"<img src='data:image/png;base64,{picture}'>" for picture in pictures)
+                + "".join(f"<img style='zoom:0.6' src='data:image/png;base64,{picture}'>" for picture in pictures)
             )
             path = folder / f"swarm-{name}.jpg"
-            sheet.locator("body").screenshot(path=path, type="jpeg", quality=70)
+            sheet.screenshot(path=path, type="jpeg", quality=75, full_page=True)
             print(path, flush=True)
         browser.close()
 
