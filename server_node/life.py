@@ -219,7 +219,8 @@ class _Life:
         return next(wish.result() for wish in wishes if wish.done() and not wish.cancelled())
 
     async def _moving(self, announcer: Announcer) -> Ending:
-        mover = Mover(self._transport, announcer, self._identity.sign, self._model.checkpoint.num_blocks)
+        num_blocks = self._model.checkpoint.num_blocks
+        mover = Mover(self._transport, announcer, self._identity.sign, num_blocks, self._on_disk)
         span = await mover.better_blocks()
         logger.info("moving to %s", describe_blocks(span))
         return Ending(span)
@@ -260,7 +261,7 @@ class _Life:
             if record.peer_id != self._transport.peer_id and record.revision == checkpoint.revision
         ]
         least = 1 if choice.num_blocks is None else most
-        joiner = Joiner(most, min_blocks=least)
+        joiner = Joiner(most, min_blocks=least, on_disk=self._on_disk)
         return choose_span(checkpoint.num_blocks, joiner, holders_among(others))
 
     async def _choose_again(self, wanted: Span | None) -> Span | None:
@@ -273,6 +274,11 @@ class _Life:
             if not await comes_first(asyncio.sleep(_CHOOSE_AGAIN_S), stopped_or_lost(self._stop, self._transport)):
                 return None
             self._model = await self._worker.unload(self._model, self._config.compute.device)
+
+    @property
+    def _on_disk(self) -> tuple[Span, ...]:
+        """Blocks that need no download where others do."""
+        return () if self._model.disk is None else self._model.disk.spans
 
     @property
     def _placed(self) -> Placed:

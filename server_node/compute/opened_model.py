@@ -14,16 +14,21 @@ from swarm_protocol.model.anatomy import build_empty, find_anatomy
 from swarm_protocol.model.checkpoint import Checkpoint, Progress, open_checkpoint
 from swarm_protocol.model.hub import cache_folder
 from swarm_protocol.model.tensor_loading import TensorLoader
+from swarm_protocol.spans import Span
 from swarm_protocol.tensors import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
 class OnDisk:
-    """What a block takes of the disk cache, and what there is for all; `is_bounded` by `--max-disk`, not the disk."""
+    """What a block takes of the disk cache, and what there is for all; `is_bounded` by `--max-disk`, not the disk.
+
+    `spans` are there already.
+    """
 
     block_bytes: int
     room_bytes: int
     is_bounded: bool
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,8 @@ def _on_disk(choice: ModelChoice, checkpoint: Checkpoint, empty: PreTrainedModel
     if not rooms:
         return None
     largest = max(rooms, key=lambda room: room.needed_bytes)
-    return OnDisk(largest.needed_bytes, largest.room_bytes, largest.is_bounded)
+    spans = loader.spans_here(checkpoint.num_blocks)
+    return OnDisk(largest.needed_bytes, largest.room_bytes, largest.is_bounded, spans)
 
 
 def _chosen_dtype(

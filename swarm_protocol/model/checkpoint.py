@@ -79,6 +79,9 @@ class Checkpoint(Protocol):
     def disk_room(self, names: Collection[str]) -> DiskRoom | None:
         """Return what `prepare` needs of the disk, None if nothing has to be downloaded. Raises CheckpointError."""
 
+    def are_here(self, names: Collection[str]) -> bool:
+        """Whether these tensors are on this machine, as far as it knows without asking anybody."""
+
     def conversions(self, model: PreTrainedModel) -> list[Any]:
         """Return transformers' renamings and mergers that lead from those names to `model`'s."""
 
@@ -176,6 +179,12 @@ class SafetensorsCheckpoint:
 
     def disk_room(self, names: Collection[str]) -> DiskRoom | None:
         return self.shards.disk_room(self._by_file(names))
+
+    def are_here(self, names: Collection[str]) -> bool:
+        wanted: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            wanted[self.file_of[name]].append(name)
+        return self.shards.are_here(wanted)
 
     def conversions(self, model: PreTrainedModel) -> list[Any]:
         return list(get_model_conversion_mapping(model))

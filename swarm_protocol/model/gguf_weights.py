@@ -101,6 +101,9 @@ class GgufCheckpoint:
     def disk_room(self, names: Collection[str]) -> DiskRoom | None:
         return None
 
+    def are_here(self, names: Collection[str]) -> bool:
+        return True
+
     def conversions(self, model: PreTrainedModel) -> list[Any]:
         return []
 

@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from hashlib import sha256
 
@@ -115,6 +115,24 @@ class HubShards:
         needed_bytes = sum(piece.disk_bytes for piece in pieces)
         return DiskRoom(needed_bytes, self._cache.room_bytes(self._folder()), self._cache.max_bytes is not None)
 
+    def are_here(self, wanted: Mapping[str, Collection[str]]) -> bool:
+        """Whether tensors, named by shard, are in the cache; not, where a header would have to be asked for."""
+        return all(self._are_here(file_name, names) for file_name, names in wanted.items())
+
+    def _are_here(self, file_name: str, names: Collection[str]) -> bool:
+        if self._repository.cached(file_name) is not None:
+            return True
+        if file_name not in self._shards:
+            noted = _parse_note(self._cache.noted(self._note_name(file_name)))
+            if noted is None or not self._cache.has([self._header_of(*noted)]):
+                return False
+        entries = self.entries(file_name)
+        shard = self._shards[file_name]
+        return all(name in entries for name in names) and self._cache.has(shard.pieces(entries[name] for name in names))
+
+    def _header_of(self, facts: RemoteFacts, end: int) -> Piece:
+        return Piece(f"{self._folder()}/{_content_name(facts.etag)}", 0, end)
+
     def read(self, file_name: str, entry: TensorEntry) -> torch.Tensor:
         """Return a tensor, downloaded if it was not prepared or if the disk damaged it. Raises CheckpointError."""
         self.entries(file_name)
@@ -145,8 +163,7 @@ class HubShards:
             self._remote(file_name).read(0, min(HEADER_START, facts.size_bytes), start.extend)
             noted = facts, HEADER_START + header_size(file_name, bytes(start), facts.size_bytes)
         facts, end = noted
-        folder = f"{self._folder()}/{_content_name(facts.etag)}"
-        header = Piece(folder, 0, end)
+        header = self._header_of(facts, end)
         data = bytearray(end)
         self._read_piece(file_name, facts, header, memoryview(data))
         try:
@@ -156,7 +173,7 @@ class HubShards:
             raise
         note = json.dumps({"size": facts.size_bytes, "etag": facts.etag, "header_end": end})
         self._cache.note(self._note_name(file_name), note)
-        return _Shard(folder, facts, header, entries)
+        return _Shard(header.file, facts, header, entries)
 
     def _fetch(self, file_name: str, facts: RemoteFacts, pieces: Sequence[Piece]) -> None:
         remote = self._remote(file_name)

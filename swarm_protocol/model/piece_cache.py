@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +109,10 @@ class PieceCache:
             self._claims = [*mine, new]
             self._write_claim()
         return missing
+
+    def has(self, pieces: Iterable[Piece]) -> bool:
+        """Whether all of `pieces` seem to be there; whether they are undamaged is seen when they are read."""
+        return all(_size_of(self.folder / piece.path) == piece.disk_bytes for piece in pieces)
 
     def room_bytes(self, folder: str) -> int:
         """Return how many bytes of pieces below `folder` can be kept, those that are there included."""
@@ -287,6 +291,13 @@ def _parse_claim(text: str) -> Iterator[Piece]:
         file, _, name = line.rpartition("/")
         if bounds := _PIECE_NAME.fullmatch(name):
             yield Piece(file, int(bounds[1]), int(bounds[2]))
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def _disk_bytes(pieces: Collection[Piece]) -> int:

@@ -7,7 +7,7 @@ the process for as long as the mapping lives, next to the converted copies.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -149,6 +149,9 @@ class Shards(Protocol):
     def disk_room(self, wanted: Mapping[str, Sequence[TensorEntry]]) -> DiskRoom | None:
         """Return what `prepare` would need of the disk; None if all is here."""
 
+    def are_here(self, wanted: Mapping[str, Collection[str]]) -> bool:
+        """Whether tensors, named by file, are on this machine, as far as it knows without asking anybody."""
+
     def read(self, file_name: str, entry: TensorEntry) -> torch.Tensor: ...
 
 
@@ -169,6 +172,9 @@ class LocalShards:
 
     def disk_room(self, wanted: Mapping[str, Sequence[TensorEntry]]) -> DiskRoom | None:
         return None
+
+    def are_here(self, wanted: Mapping[str, Collection[str]]) -> bool:
+        return True
 
     def read(self, file_name: str, entry: TensorEntry) -> torch.Tensor:
         return read_tensor(self._folder / file_name, entry)

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from swarm_protocol.errors import CheckpointError
 from swarm_protocol.model.checkpoint import Checkpoint
 from swarm_protocol.model.safetensors_files import DiskRoom, StoredTensor
+from swarm_protocol.spans import Span, uncovered
 
 _BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 """The first number in a tensor's name is its block's, for names of safetensors as for those of GGUF."""
@@ -45,6 +46,13 @@ class TensorLoader:
     def disk_room(self, blocks: Iterable[int | None]) -> DiskRoom | None:
         """Return what `prepare` would need of the disk; None if all is here. Raises CheckpointError."""
         return self._checkpoint.disk_room(self._names(blocks))
+
+    def spans_here(self, num_blocks: int) -> tuple[Span, ...]:
+        """Return the longest runs of a model's blocks that are on this machine, as far as it knows by itself."""
+        here = {block for block in range(num_blocks) if self._checkpoint.are_here(self._names([block]))}
+        return tuple(
+            uncovered((Span(block, block + 1) for block in range(num_blocks) if block not in here), num_blocks)
+        )
 
     def _names(self, blocks: Iterable[int | None]) -> list[str]:
         return [name for block in blocks for tensor in self._groups[block].values() for name in tensor.names]

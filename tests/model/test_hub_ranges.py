@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from swarm_protocol.errors import CheckpointError
 from swarm_protocol.model import hub_shards, load_ends, load_span, open_checkpoint, range_reads
+from swarm_protocol.model.anatomy import build_empty
 from swarm_protocol.model.checkpoint import Checkpoint, SafetensorsCheckpoint
 from swarm_protocol.model.safetensors_files import read_header
+from swarm_protocol.model.tensor_loading import TensorLoader
 from swarm_protocol.spans import Span
 from tests.model.hub_server import COMMIT, REPO, TOKEN, Hub, hub_of
 from tests.tiny_models import NUM_BLOCKS, save_tiny_model
@@ -139,6 +141,26 @@ def test_what_is_in_the_cache_is_not_asked_for_again(
     with pytest.raises(CheckpointError, match="is not in the local cache and cannot be downloaded"):
         weights(opened(cache), Span(0, 1))
     assert not server.requests
+
+
+def test_a_node_knows_which_blocks_are_on_its_disk_without_asking(server: Hub, cache: Path) -> None:
+    def here() -> tuple[Span, ...]:
+        server.requests.clear()
+        checkpoint = opened(cache)
+        loader = TensorLoader(checkpoint, build_empty(checkpoint.config, torch.float32))
+        server.requests.clear()
+        found = loader.spans_here(NUM_BLOCKS)
+        assert not server.requests
+        return found
+
+    assert here() == ()
+    weights(opened(cache))
+    assert here() == (SPAN,)
+    first = set(pieces(cache))
+    weights(opened(cache), Span(4, 5))
+    assert here() == (SPAN, Span(4, 5))
+    (set(pieces(cache)) - first).pop().unlink()
+    assert here() == (SPAN,)
 
 
 def test_nearly_all_of_a_shard_is_downloaded_as_a_whole(
