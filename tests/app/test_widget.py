@@ -14,9 +14,12 @@ import pytest
 from itsdangerous import URLSafeTimedSerializer
 
 from app import embed_tokens
+from app.config import SecurityConfig, SiteConfig
 from app.embed_pages import key_origins, loader_versions
 from app.embed_tokens import EmbedTokens, address_prefix
+from app.model_registry import ModelRegistry
 from app.security import PAGE_POLICY, embed_policy
+from app.site import Site
 from tests.app.site_process import SiteProcess, running_site
 from tests.app.socket_client import Client
 
@@ -253,3 +256,11 @@ def test_a_keys_questions_of_a_minute_count_over_all_its_readers(site: SiteProce
         assert ask(one, ("user", "brief")) == " yes"
         other.send(type="generate", id="a", messages=[{"role": "user", "content": "brief"}])
         assert other.receive_until("error")[1]["code"] == "limit_exceeded"
+
+
+def test_processes_with_one_secret_take_each_others_tokens() -> None:
+    config = SiteConfig(security=SecurityConfig(signing_secrets=("first", "second")))
+    one, other = (Site(config, ModelRegistry([])).embed_tokens for _ in range(2))
+    assert other.read(one.make("wk_a", "192.0.2.1"), "192.0.2.1") == "wk_a"
+    alone = Site(SiteConfig(), ModelRegistry([])).embed_tokens
+    assert alone.read(one.make("wk_a", "192.0.2.1"), "192.0.2.1") is None
