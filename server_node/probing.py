@@ -29,7 +29,7 @@ from swarm_protocol.messages import PROBE_PROTOCOL, ErrorReply, Payload, Payload
 from swarm_protocol.probe import PROBE_S, probe
 from swarm_protocol.probe_messages import MAX_PAYLOAD_BYTES, MAX_PAYLOADS
 from swarm_protocol.transport.base import FrameStream, Transport
-from swarm_protocol.transport.reachability import unreachable_in_words
+from swarm_protocol.transport.reachability import UNREACHABLE, relays_in
 from swarm_protocol.wire import WireLimits
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class Proof:
             is_unreachable = all(problem.is_unreachable for problem in problems)
             logger.warning(
                 "not online: no step from outside went through this node%s; trying again in %g s: %s",
-                f", {unreachable_in_words(self._transport.addresses)}" if is_unreachable else "",
+                f", {UNREACHABLE}" if is_unreachable and not relays_in(self._transport.addresses) else "",
                 again_s, "; ".join(problem.text for problem in problems),
             )  # fmt: skip
             await asyncio.sleep(again_s)

@@ -21,7 +21,7 @@ from swarm_protocol.transport.directory_rules import check_value, is_storable, u
 from swarm_protocol.transport.framed_socket import SCRATCH_BYTES, FramedSocket, FramedStream
 from swarm_protocol.transport.network_config import NetworkConfig
 from swarm_protocol.transport.p2p_daemon import Daemon, DaemonFiles, complete, frame_message, start_daemon
-from swarm_protocol.transport.reachability import change_in_words
+from swarm_protocol.transport.reachability import DIRECT, reached_in_words
 from swarm_protocol.transport.serving import run_handler
 
 with warnings.catch_warnings():
@@ -213,14 +213,16 @@ class HivemindTransport:
             self._addresses = ()
 
     async def _keep_addresses(self) -> None:
+        reached = DIRECT
         while True:
             await asyncio.sleep(ADDRESS_REFRESH_S)
             try:
-                before = self._addresses
                 async with asyncio.timeout(ADDRESS_REFRESH_S):
                     await self._refresh_addresses()
-                if change := change_in_words(before, self._addresses):
-                    logger.warning("%s peer=%s", change, self._peer_id)
+                now_reached = reached_in_words(self._addresses, self._config.initial_peers)
+                if now_reached != reached and not self._config.client_mode:
+                    logger.warning("%s peer=%s", now_reached, self._peer_id)
+                reached = now_reached
             except Exception as error:  # hivemind raises whatever happens below it; the next time may be better
                 logger.warning("the addresses are not known anew: %r peer=%s", error, self._peer_id)
 

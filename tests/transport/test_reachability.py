@@ -6,10 +6,12 @@ import pytest
 
 from swarm_protocol.transport.network_config import NetworkConfig
 from swarm_protocol.transport.p2p_daemon import DaemonFiles, _flags
-from swarm_protocol.transport.reachability import change_in_words, relays_in, unreachable_in_words
+from swarm_protocol.transport.reachability import DIRECT, UNREACHABLE, is_public, reached_in_words, relays_in
 
-DIRECT = "/ip4/203.0.113.5/tcp/31337/p2p/12D3KooWMe"
-RELAYED = "/ip4/203.0.113.9/tcp/31337/p2p/12D3KooWRelayOne/p2p-circuit/p2p/12D3KooWMe"
+PUBLIC = "/ip4/8.8.8.8/tcp/31337/p2p/12D3KooWMe"
+HOME = "/ip4/192.168.1.5/tcp/31337/p2p/12D3KooWMe"
+LOCAL = "/ip4/127.0.0.1/tcp/31337/p2p/12D3KooWMe"
+RELAYED = "/ip4/8.8.4.4/tcp/31337/p2p/12D3KooWRelayOne/p2p-circuit/p2p/12D3KooWMe"
 OTHER = RELAYED.replace("RelayOne", "RelayTwo")
 
 
@@ -17,8 +19,8 @@ OTHER = RELAYED.replace("RelayOne", "RelayTwo")
     ("addresses", "relays"),
     [
         ((), ()),
-        ((DIRECT,), ()),
-        ((DIRECT, RELAYED, RELAYED.replace("tcp", "udp")), ("12D3KooWRelayOne",)),
+        ((PUBLIC,), ()),
+        ((PUBLIC, RELAYED, RELAYED.replace("tcp", "udp")), ("12D3KooWRelayOne",)),
         ((RELAYED, OTHER), ("12D3KooWRelayOne", "12D3KooWRelayTwo")),
     ],
 )
@@ -26,18 +28,40 @@ def test_relays_are_those_of_the_addresses(addresses: tuple[str, ...], relays: t
     assert relays_in(addresses) == relays
 
 
-def test_the_owner_is_told_when_others_come_through_a_relay_and_when_they_do_not_any_more() -> None:
-    assert change_in_words((), (DIRECT,)) is None
-    assert change_in_words((RELAYED,), (DIRECT, RELAYED)) is None
-    told = change_in_words((DIRECT,), (RELAYED, OTHER))
-    assert told is not None
-    assert "not reachable directly: others reach this peer through the relay RelayOne, RelayTwo" in told
-    assert change_in_words((RELAYED,), (DIRECT,)) == "not reached through a relay any more"
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        (PUBLIC, True), ("/dns4/first.example.org/tcp/1/p2p/a", True), ("/ip6/2606:4700::1111/tcp/1/p2p/a", True),
+        (HOME, False), (LOCAL, False), ("/ip6/::1/tcp/1/p2p/a", False), ("/ip6/fe80::1/tcp/1/p2p/a", False),
+        ("/ip4/what/tcp/1/p2p/a", False),
+    ],
+)  # fmt: skip
+def test_public_addresses_are_those_of_the_internet(address: str, expected: bool) -> None:
+    assert is_public(address) == expected
 
 
-def test_a_peer_that_nobody_reaches_is_told_whether_it_has_a_relay() -> None:
-    assert unreachable_in_words((DIRECT,)) == "not reachable directly, and through no relay"
-    assert unreachable_in_words((RELAYED,)) == "not reachable, neither directly nor through its relay"
+@pytest.mark.parametrize(
+    ("addresses", "initial_peers", "words"),
+    [
+        ((LOCAL, HOME, PUBLIC), (PUBLIC,), DIRECT),
+        ((LOCAL, HOME), (PUBLIC,), UNREACHABLE),
+        ((), (PUBLIC,), UNREACHABLE),
+        # A swarm of one machine or one network, or the first peer of one.
+        ((LOCAL,), (LOCAL,), DIRECT),
+        ((LOCAL, HOME), (HOME,), DIRECT),
+        ((LOCAL, HOME), (), DIRECT),
+        (
+            (LOCAL, RELAYED, OTHER),
+            (PUBLIC,),
+            "not reachable directly: others come through the relay RelayOne, RelayTwo, slower, and cut after half an "
+            "hour",
+        ),
+    ],
+)
+def test_the_owner_is_told_how_others_come(
+    addresses: tuple[str, ...], initial_peers: tuple[str, ...], words: str
+) -> None:
+    assert reached_in_words(addresses, initial_peers) == words
 
 
 @pytest.mark.parametrize(
