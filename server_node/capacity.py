@@ -1,5 +1,6 @@
 """Pure: how many blocks, and how much KV cache, fit on the device."""
 
+from server_node.compute.device_plan import num_that_fit
 from server_node.compute.opened_model import OpenedModel
 from server_node.compute.worker import LoadedSpan
 from server_node.config import ModelChoice
@@ -26,12 +27,11 @@ def num_blocks_to_hold(choice: ModelChoice, model: OpenedModel) -> int:
     if choice.num_blocks is not None and choice.num_blocks > in_all:
         raise ConfigError(f"{name} has {in_all} blocks, not {choice.num_blocks}")
     asked = choice.num_blocks if choice.blocks is None else len(choice.blocks)
-    # Less than nothing may be left once a block is loaded.
-    free_bytes = max(0, model.free_bytes - model.loading_bytes)
-    in_memory = num_blocks_that_fit(free_bytes, model.block_bytes, in_all)
+    free_bytes = sum(model.loadable_bytes)
+    in_memory = min(in_all, sum(num_blocks_that_fit(free, model.block_bytes, in_all) for free in model.loadable_bytes))
     on_disk = in_all if model.disk is None else min(in_all, model.disk.room_bytes // model.disk.block_bytes)
     wanted = min(in_memory, on_disk) if asked is None else asked
-    if max(1, wanted) * model.block_bytes > free_bytes or (asked is None and not in_memory):
+    if max(1, wanted) > num_that_fit(model.block_bytes, model.loadable_bytes) or (asked is None and not in_memory):
         raise ConfigError(_too_big_for_memory(max(1, wanted), model, free_bytes, min(in_memory, on_disk)))
     if max(1, wanted) > on_disk:
         raise ConfigError(_too_big_for_disk(max(1, wanted), model, on_disk))
@@ -40,12 +40,23 @@ def num_blocks_to_hold(choice: ModelChoice, model: OpenedModel) -> int:
 
 def _too_big_for_memory(wanted: int, model: OpenedModel, free_bytes: int, fitting: int) -> str:
     takes = f"{_taken(wanted, model.block_bytes, model)} in {_held_as(model)}, but {gb(free_bytes)} of memory are free"
+    if len(model.rooms) > 1:
+        takes += f" ({_by_device(model)})"
     smaller = "a smaller --dtype or --quantization"
     if fitting:
         return f"{takes}: {_would_fit(fitting)} with a KV cache: use --num-blocks {fitting}, or {smaller}"
-    if wanted * model.block_bytes <= free_bytes:  # nobody asked for a number
+    if wanted <= num_that_fit(model.block_bytes, model.loadable_bytes):  # nobody asked for a number
         return f"{takes}, too little for a KV cache of half its size: use {smaller}, or --num-blocks 1 to try it"
     return f"{takes}: not one block would fit with a KV cache: free memory, or use {smaller}"
+
+
+def _by_device(model: OpenedModel) -> str:
+    """Say what is free on each device, and which of them has no room for a single block."""
+    parts = []
+    for room, free_bytes in zip(model.rooms, model.loadable_bytes, strict=True):
+        too_small = ", too small for a block" if free_bytes < model.block_bytes else ""
+        parts.append(f"{gb(free_bytes)} on {room.name}{too_small}")
+    return "; ".join(parts)
 
 
 def _too_big_for_disk(wanted: int, model: OpenedModel, fitting: int) -> str:

@@ -26,6 +26,7 @@ class ModelChoice:
 class ComputeChoice:
     """What the blocks run on.
 
+    `device` is one of torch's, or several of one type with commas between them, among which the span is split.
     `dtype` "auto" is float32 on a CPU, where it is exact, and the checkpoint's own elsewhere, unless another one is
     measured to be a fifth faster (`compute/dtype_rule.py`); with quantized weights it is bfloat16, in which their
     products are fast. `quantization` is "none", "int8" or "nf4"; CUDA's are bitsandbytes', a CPU's "nf4" is 4-bit

@@ -126,7 +126,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_compute_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …; default: cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … or several: cuda:0,cuda:1; default: cpu")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="auto, the default, is float32 on a CPU and the checkpoint's own elsewhere, or one that is measured to be "

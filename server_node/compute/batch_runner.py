@@ -83,7 +83,7 @@ class BatchCache(PositionCache):
         super().__init__(caches[0].blocks)
         self.position = max(cache.position for cache in caches)
         self._caches = caches
-        self._buffers: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, int, int, torch.device], torch.Tensor] = {}
 
     @property
     def num_rows(self) -> int:
@@ -107,8 +107,8 @@ class BatchCache(PositionCache):
         return keys, values
 
     def _buffer(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        # Blocks of one shape share a buffer: the padding stays zero, and the rest is written anew by each of them.
-        key = (name, states.shape[1], states.shape[3])
+        # Blocks of one shape and device share one: the padding stays zero, the rest is written anew by each of them.
+        key = (name, states.shape[1], states.shape[3], states.device)
         if key not in self._buffers:
             shape = (self.num_rows, states.shape[1], self.position + 1, states.shape[3])
             self._buffers[key] = states.new_zeros(shape)

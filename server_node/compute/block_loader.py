@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -30,8 +31,11 @@ def load_blocks(
     device: torch.device,
     progress: Progress | None = None,
     scheme: Held | None = None,
+    devices: Sequence[torch.device] = (),
 ) -> BlockRunner:
     """Return a runner of `span` on `device`; `dtype` None is the checkpoint's own.
+
+    `devices` are those of each block, if not all lie on `device`.
 
     With a `scheme` the large linear layers are quantized, each block before the next one is read. Others are measured
     and made fast for decode steps. Blocks for as long as that and reading take; only the compute thread may call it.
@@ -40,7 +44,13 @@ def load_blocks(
     started_s = time.monotonic()
     quantizer = Quantizer(scheme) if scheme is not None else None
     module = load_span(
-        checkpoint, span, dtype=dtype or checkpoint.dtype, device=device, progress=progress, on_block=quantizer
+        checkpoint,
+        span,
+        dtype=dtype or checkpoint.dtype,
+        device=device,
+        progress=progress,
+        on_block=quantizer,
+        devices=devices,
     )
     size_bytes = module_bytes(module)
     # A CPU's memory is rarely what is short where a small span was asked for.

@@ -2,10 +2,12 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from server_node.compute.device_plan import DeviceRoom
 from swarm_protocol.errors import ConfigError
 
 _NO_LIMIT = 1 << 62
@@ -24,8 +26,36 @@ def usable_device(device: str) -> torch.device:
     return target
 
 
+def usable_devices(devices: str) -> tuple[torch.device, ...]:
+    """Return the torch devices that `--device` names, with commas between them.
+
+    Raises ConfigError if one cannot be used here, and if they are of several types: what they compute would differ.
+    """
+    found = tuple(usable_device(device.strip()) for device in devices.split(","))
+    if len({device.type for device in found}) > 1:
+        raise ConfigError(f"--device {devices} names devices of several types: name those of one type")
+    return found
+
+
+def device_rooms(devices: Sequence[torch.device]) -> tuple[DeviceRoom, ...]:
+    """Return what is free on each device; one that is named several times is shared between its names."""
+    indexed = [str(_with_index(device)) for device in devices]
+    return tuple(
+        DeviceRoom(str(device), free_memory_bytes(device) // indexed.count(whole))
+        for device, whole in zip(devices, indexed, strict=True)
+    )
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if str(device) == "cuda":  # the one that torch takes then
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
 def hardware_name(device: str) -> str:
     """Return what computes, as far as its speed depends on it: the GPU's name, or the CPU's and its cores."""
+    if "," in device:
+        return " + ".join(hardware_name(each.strip()) for each in device.split(","))
     target = torch.device(device)
     if target.type == "cuda":
         return torch.cuda.get_device_name(target)

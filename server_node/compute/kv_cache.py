@@ -122,6 +122,8 @@ class KVCache(PositionCache):
         self._batch_size = batch_size
         self.max_tokens = max_tokens
         self.page_keys: tuple[PageKey, ...] = ()
+        first = self.blocks.start - module.span.start
+        self._places = module.places[first : first + len(self.blocks)]
         self._keys: list[torch.Tensor | None] = [None] * len(self.blocks)
         self._values: list[torch.Tensor | None] = [None] * len(self.blocks)
 
@@ -238,7 +240,7 @@ class KVCache(PositionCache):
             for heads, size in shapes:
                 width = self.batch_size * heads * size
                 tokens = states[:, at : at + width].view(num_tokens, self.batch_size, heads, size)
-                pair.append(tokens.permute(1, 2, 0, 3))
+                pair.append(tokens.permute(1, 2, 0, 3).to(self._places[block]))
                 at += width
             self.update(pair[0], pair[1], self.blocks.start + block)
         self.advance(num_tokens)

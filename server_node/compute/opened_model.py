@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from server_node.compute.block_loader import module_bytes
-from server_node.compute.device import free_memory_bytes, usable_device
+from server_node.compute.device import device_rooms, free_memory_bytes, usable_devices
+from server_node.compute.device_plan import DeviceRoom
 from server_node.compute.fastest_dtype import fastest_dtype
 from server_node.compute.quantization import Held, quantized_bytes, scheme_of
 from server_node.config import ModelChoice
@@ -36,6 +37,7 @@ class OpenedModel:
     """A checkpoint, and what one of its blocks takes on the device in the dtype and the scheme chosen for it.
 
     `loading_bytes` is needed besides while blocks are loaded. `disk` is None where nothing has to be downloaded.
+    `rooms` are the devices, if the memory of one is not that of all; `free_bytes` is their sum.
     """
 
     checkpoint: Checkpoint
@@ -46,6 +48,13 @@ class OpenedModel:
     scheme: Held | None = None
     loading_bytes: int = 0
     disk: OnDisk | None = None
+    rooms: tuple[DeviceRoom, ...] = ()
+
+    @property
+    def loadable_bytes(self) -> tuple[int, ...]:
+        """What blocks and caches can take of each device, with what loading needs besides taken off."""
+        each = [room.free_bytes for room in self.rooms] or [self.free_bytes]
+        return tuple(max(0, free_bytes - self.loading_bytes) for free_bytes in each)
 
     @property
     def numerics(self) -> str:
@@ -62,7 +71,8 @@ def open_model(
     choice: ModelChoice, device: str, dtype: str, quantization: str, on_download: Progress | None = None
 ) -> OpenedModel:
     """Open a checkpoint and measure a block, as `ComputeWorker.open_model` says."""
-    target = usable_device(device)
+    devices = usable_devices(device)
+    target = devices[0]
     scheme = scheme_of(quantization, target)
     checkpoint = open_checkpoint(
         choice.source,
@@ -78,12 +88,13 @@ def open_model(
     blocks = getattr(empty.get_submodule(anatomy.decoder), anatomy.blocks)
     # Families with layers of several kinds differ by block: the largest one stands for all.
     plain_bytes = max(module_bytes(block) for block in blocks)
+    rooms = device_rooms(devices)
+    free_bytes = sum(room.free_bytes for room in rooms)
     if scheme is None:
-        return OpenedModel(checkpoint, chosen, target.type, plain_bytes, free_memory_bytes(target), disk=disk)
+        return OpenedModel(checkpoint, chosen, target.type, plain_bytes, free_bytes, disk=disk, rooms=rooms)
     block_bytes = max(quantized_bytes(block, scheme) for block in blocks)
     # One block at a time is there as it is in the file.
-    free_bytes = free_memory_bytes(target)
-    return OpenedModel(checkpoint, chosen, target.type, block_bytes, free_bytes, scheme, plain_bytes, disk)
+    return OpenedModel(checkpoint, chosen, target.type, block_bytes, free_bytes, scheme, plain_bytes, disk, rooms)
 
 
 def _on_disk(choice: ModelChoice, checkpoint: Checkpoint, empty: PreTrainedModel) -> OnDisk | None:

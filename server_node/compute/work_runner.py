@@ -100,9 +100,10 @@ class WorkRunner:
                 self._run_decodes(jobs)
             else:
                 self._run_piece(jobs[0], batch.amount)
-                if self._runner.module.device.type == "cuda":
-                    # What a piece took counts for its peer, not for whoever waits for the device next.
-                    torch.cuda.synchronize(self._runner.module.device)
+                for device in set(self._runner.module.places):
+                    if device.type == "cuda":
+                        # What a piece took counts for its peer, not for whoever waits for the device next.
+                        torch.cuda.synchronize(device)
         ended_s = self._clock()
         for job in jobs:
             job.compute_s += ended_s - started_s

@@ -14,7 +14,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar, overload
@@ -23,7 +23,8 @@ import torch
 
 from server_node.compute.block_loader import load_blocks
 from server_node.compute.block_runner import BlockRunner
-from server_node.compute.device import free_memory_bytes
+from server_node.compute.device import device_rooms, usable_devices
+from server_node.compute.device_plan import cache_room_bytes, split_blocks
 from server_node.compute.gathering import Gathering
 from server_node.compute.kv_cache import KVCache, kv_bytes_per_token
 from server_node.compute.opened_model import OpenedModel, open_model
@@ -58,7 +59,8 @@ _SWITCH_S = 0.0005
 
 @dataclass(frozen=True, slots=True)
 class LoadedSpan:
-    """What loading found out: `free_bytes` is the memory that is left on the device."""
+    """What loading found out: `free_bytes` is the memory that is left for caches: where there are several
+    devices, as much as the fullest of them has for each of its blocks."""
 
     hidden_size: int
     dtype: str
@@ -324,15 +326,22 @@ class ComputeWorker:
         gc.collect()  # blocks and what runs them may refer to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return replace(model, free_bytes=free_memory_bytes(torch.device(device)))
+        rooms = device_rooms(usable_devices(device))
+        return replace(model, free_bytes=sum(room.free_bytes for room in rooms), rooms=rooms)
 
     def _load(self, model: OpenedModel, span: Span, device: str, progress: Progress | None) -> LoadedSpan:
+        targets = usable_devices(device)
+        counts = split_blocks(len(span), model.block_bytes, model.loadable_bytes)
+        places = [target for target, count in zip(targets, counts, strict=True) for _ in range(count)]
+        if len(targets) > 1:
+            logger.info("blocks by device: %s blocks=%s", _by_device(targets, counts), span)
         try:
             runner = load_blocks(
                 model.checkpoint,
                 span,
                 dtype=model.dtype,
-                device=torch.device(device),
+                device=places[0],
+                devices=places,
                 progress=progress,
                 scheme=model.scheme,
             )
@@ -346,8 +355,12 @@ class ComputeWorker:
             hidden_size=config.hidden_size,
             dtype=dtype_name(model.dtype),
             kv_bytes_per_token=kv_bytes_per_token(model.checkpoint.config, span, model.dtype),
-            free_bytes=free_memory_bytes(torch.device(device)),
+            free_bytes=cache_room_bytes(counts, [room.free_bytes for room in device_rooms(targets)]),
         )
+
+
+def _by_device(devices: Sequence[torch.device], counts: Sequence[int]) -> str:
+    return ", ".join(f"{count} on {device}" for device, count in zip(devices, counts, strict=True))
 
 
 def _call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:

@@ -5,7 +5,7 @@ is the same model with one module in the place of its blocks. The whole model on
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -44,8 +44,11 @@ def load_span(
     device: torch.device,
     progress: Progress | None = None,
     on_block: Callable[[nn.Module], None] | None = None,
+    devices: Sequence[torch.device] = (),
 ) -> "SpanModule":
     """Return the blocks of `span` on `device`; no other tensor is read. `progress` counts blocks.
+
+    `devices` are those of each block, if they are not all on one; the first one's is where hidden states enter.
 
     `on_block` is called with each block as soon as its weights are there, and may replace modules inside of it, so that
     only one block is in memory as it was. What it puts there has neither weights on the meta device nor buffers that
@@ -61,8 +64,10 @@ def load_span(
     weights = TensorLoader(checkpoint, model)
     keep_blocks_only(model, anatomy, span)
     weights.prepare(range(span.start, span.end))
+    places = tuple(devices) or (device,) * len(span)
+    device = places[0]
     for done, block in enumerate(range(span.start, span.end)):
-        weights.load(model, device, block)
+        weights.load(model, places[done], block)
         if on_block:
             on_block(getattr(model.get_submodule(anatomy.decoder), anatomy.blocks)[block])
         if progress:
@@ -72,7 +77,10 @@ def load_span(
     blocks = nn.ModuleList(list(getattr(decoder, anatomy.blocks))[span.start : span.end])
     setattr(decoder, anatomy.blocks, blocks)
     probe_block_result(decoder, anatomy, dtype, device)
-    return SpanModule(decoder, anatomy.blocks, span)
+    module = SpanModule(decoder, anatomy.blocks, span)
+    if len(set(places)) > 1:
+        module.place(places)
+    return module
 
 
 def build_client_model(
@@ -125,6 +133,7 @@ class SpanModule(nn.Module):
         self._loaded_on = next(self.parameters()).device
         # A dict hides the views from nn.Module: they share the decoder's modules and own none.
         self._views: dict[Span, nn.Module] = {}
+        self._places: tuple[torch.device, ...] = ()
         self.eval()
 
     @property
@@ -147,6 +156,21 @@ class SpanModule(nn.Module):
         parameter = next(self.parameters(), None)
         return self._loaded_on if parameter is None else parameter.device
 
+    @property
+    def places(self) -> tuple[torch.device, ...]:
+        """The device of each block."""
+        return self._places or (self.device,) * self.num_blocks
+
+    def place(self, places: Sequence[torch.device]) -> None:
+        """Let what a block is given travel to its device. Its weights are there already; once for each module."""
+        self._places = tuple(places)
+        for block, device in zip(self.blocks, places, strict=True):
+            for module in block.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = buffer.to(device)
+            block.register_forward_pre_hook(_Bringing(device), with_kwargs=True)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -158,9 +182,10 @@ class SpanModule(nn.Module):
     ) -> torch.Tensor:
         """Return the hidden states after `blocks`, or after all; shapes are (batch, seq, hidden).
 
-        With a cache, the tokens follow those that it holds, and its position moves on at the end; without one they
-        start at position 0. `position_ids` and `attention_mask` are for callers that batch sessions of different
-        lengths and are passed on as they are. Raises BlocksNotServedError for blocks outside of this span.
+        They are on the device of the last of these blocks. With a cache, the tokens follow those that it holds, and its
+        position moves on at the end; without one they start at position 0. `position_ids` and `attention_mask` are for
+        callers that batch sessions of different lengths and are passed on as they are. Raises BlocksNotServedError for
+        blocks outside of this span.
         """
         extra: dict[str, Any] = {}
         if position_ids is not None:
@@ -187,6 +212,23 @@ class SpanModule(nn.Module):
             chosen = list(self.blocks)[part.start : part.end]
             view = self._views[blocks] = with_blocks(self.decoder, self._blocks_name, chosen, part)
         return view
+
+
+class _Bringing:
+    """Brings tensors among a block's arguments to its device, those in tuples and lists, too."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return self._brought(args), {name: self._brought(value) for name, value in kwargs.items()}
+
+    def _brought(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(self._device)
+        if type(value) in (tuple, list):
+            return type(value)(self._brought(each) for each in value)
+        return value
 
 
 class EndsModule(nn.Module):

@@ -99,7 +99,7 @@ def test_a_device_that_is_not_there_is_one_line(model: str, refusal: Refusal):
 def test_quantization_on_a_device_that_cannot_is_one_line(
     model: str, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("server_node.compute.opened_model.usable_device", torch.device)
+    monkeypatch.setattr("server_node.compute.device.usable_device", torch.device)
     says = "--quantization nf4 is for CPUs and CUDA, not for mps: leave it out"
     assert says in refusal("run", model, "--device", "mps", "--quantization", "nf4", *LOCAL)
 
