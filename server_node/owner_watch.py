@@ -49,7 +49,7 @@ class OwnerWatch:
 
 def watch_devices(devices: str) -> OwnerWatch:
     """Return a watch for torch's `devices`, as `--device` names them. Raises ConfigError where their use is unknown."""
-    shares = [_share_of(torch.device(device)) for device in devices.split(",")]
+    shares = [_share_of(torch.device(device.strip())) for device in devices.split(",")]
     return OwnerWatch(lambda: max(share() for share in shares))
 
 
