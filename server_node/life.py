@@ -49,6 +49,7 @@ from swarm_protocol.records import NodeRecord, Placed
 from swarm_protocol.spans import Span, describe_blocks
 from swarm_protocol.tensors import dtype_name
 from swarm_protocol.transport.base import Transport
+from swarm_protocol.transport.reachability import UNREACHABLE, reached_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,9 @@ class _Life:
     async def _stay(self, span: Span, announcer: Announcer) -> Ending:
         """Serve `span` until the node leaves, pauses or takes other blocks; the sessions have gone then."""
         observer, served = self._observer, await self._load(span)
-        node = Node(self._transport, announcer, self._worker, served, self._config.limits, self._work)
+        node = Node(
+            self._transport, announcer, self._worker, served, self._config.limits, self._work, self._is_reachable
+        )
         observer.on_loaded(self._transport, node)
         await measure_speed(self._worker, served, node.speed, self._figures)
         online = Online(served.model, span, best_address(self._transport.addresses))
@@ -209,6 +212,12 @@ class _Life:
         folder, bound = cache_folder(config.model.cache_dir), config.network.max_bytes_per_s
         uplink = Uplink(self._transport, folder, node.speed, bound)
         await uplink.know(proof.peers)
+
+    def _is_reachable(self) -> bool:
+        """Whether others can open a connection to this node, as far as is known; without relaying nobody finds out."""
+        network = self._config.network
+        reached = reached_in_words(self._transport.addresses, network.initial_peers)
+        return not network.relay or reached != UNREACHABLE
 
     async def _wish(self, announcer: Announcer) -> Ending:
         """Return why the node should end its stay, once it should."""

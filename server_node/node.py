@@ -24,6 +24,7 @@ from server_node.transfers import Transfers
 from server_node.waiting import comes_first, stopped_or_lost
 from swarm_protocol.errors import ConfigError
 from swarm_protocol.identity import Identity, load_or_create_identity
+from swarm_protocol.ids import short_peer
 from swarm_protocol.messages import (
     COMPUTE_PROTOCOL,
     PROBE_PROTOCOL,
@@ -32,6 +33,7 @@ from swarm_protocol.messages import (
     TRANSFER_PROTOCOL,
 )
 from swarm_protocol.model.checkpoint import Progress
+from swarm_protocol.records import REFRESH_PERIOD_S
 from swarm_protocol.spans import Span
 from swarm_protocol.transport.base import Transport
 from swarm_protocol.transport.network_config import NetworkConfig
@@ -114,8 +116,13 @@ class Node:
         served: ServedSpan,
         limits: NodeLimits,
         work: ServedWork | None = None,
+        is_reachable: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`work` goes on counting where an earlier stay has ended."""
+        """`work` goes on counting where an earlier stay has ended.
+
+        While not `is_reachable`, the record of a node that is online says that it is joining.
+        """
+        self.is_reachable = is_reachable
         self.admission = Admission(served, limits)
         self.sessions = SessionTable(self.admission, transport)
         self.speed = SpeedMeter(work)
@@ -156,8 +163,10 @@ class Node:
                 await self._announcer.announce("online")
                 on_online()
             pinging = group.create_task(self._neighbours.run(), name="neighbour pings")
+            telling = group.create_task(self._tell_whether_reachable(), name="reachability")
             ending = await self._ending(stop, wish)
             pinging.cancel()
+            telling.cancel()
             ends_s = asyncio.get_running_loop().time() + self._limits.drain_s
             await drain_sessions(
                 self.admission,
@@ -174,6 +183,16 @@ class Node:
             return LEAVING
         wishing = asyncio.ensure_future(wish())
         return wishing.result() if await comes_first(wishing, stopped_or_lost(stop, self._transport)) else LEAVING
+
+    async def _tell_whether_reachable(self) -> None:
+        """Keep clients away while they cannot get here: who tried this node out came by a way that it had opened."""
+        while True:
+            await asyncio.sleep(REFRESH_PERIOD_S)
+            is_reachable = self.is_reachable()
+            if is_reachable != (self._announcer.state == "online"):
+                text = "others reach this node again" if is_reachable else "others cannot reach this node any more"
+                logger.warning("%s peer=%s", text, short_peer(self._transport.peer_id))
+                await self._announcer.announce("online" if is_reachable else "joining")
 
     def _routing_facts(self) -> RoutingFacts:
         return self.speed.facts(self._neighbours.pings_s, asyncio.get_running_loop().time())

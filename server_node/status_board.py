@@ -77,9 +77,10 @@ class StatusBoard:
 
     def _of_blocks(self, now: NodeStatus, node: Node, tokens_per_s: float) -> NodeStatus:
         admission = node.admission
+        serving = "online" if self._is_online and node.is_reachable() else "joining"
         return replace(
             now,
-            state="draining" if admission.is_draining else "online" if self._is_online else "joining",
+            state="draining" if admission.is_draining else serving,
             blocks=str(admission.served.span),
             num_sessions=len(node.sessions),
             num_peers=admission.num_peers,

@@ -218,6 +218,26 @@ async def test_a_withdrawal_replaces_the_record_and_outlives_it():
 
 
 @virtual
+async def test_a_node_that_others_cannot_reach_any_more_says_that_it_is_not_online():
+    async with serving_node() as node:
+        is_reachable = True
+        node.node.is_reachable = lambda: is_reachable
+        await asyncio.sleep(2 * REFRESH_PERIOD_S)
+        assert node.record().state == "online"
+        is_reachable = False
+        await asyncio.sleep(2 * REFRESH_PERIOD_S)
+        assert node.record().state == "joining"
+        await node.open()  # who has a connection goes on
+        is_reachable = True
+        await asyncio.sleep(2 * REFRESH_PERIOD_S)
+        assert node.record().state == "online"
+        is_reachable = False
+        node.stop.set()
+        await asyncio.sleep(1)
+        assert node.record().state == "draining"
+
+
+@virtual
 async def test_a_node_that_moves_is_found_at_its_new_blocks_alone():
     network = MemoryNetwork()
     transport = network.transport()
