@@ -46,7 +46,7 @@ from swarm_protocol.messages import PROTOCOL_VERSIONS
 from swarm_protocol.model.checkpoint import Progress
 from swarm_protocol.model.hub import cache_folder
 from swarm_protocol.records import NodeRecord, Placed
-from swarm_protocol.spans import Span, describe_blocks
+from swarm_protocol.spans import Span, describe_blocks, uncovered
 from swarm_protocol.tensors import dtype_name
 from swarm_protocol.transport.base import Transport
 from swarm_protocol.transport.reachability import UNREACHABLE, reached_in_words
@@ -271,7 +271,12 @@ class _Life:
         ]
         least = 1 if choice.num_blocks is None else most
         joiner = Joiner(most, min_blocks=least, on_disk=self._on_disk)
-        return choose_span(checkpoint.num_blocks, joiner, holders_among(others))
+        holders = holders_among(others)
+        span = choose_span(checkpoint.num_blocks, joiner, holders)
+        missing = uncovered((holder.span for holder in holders), checkpoint.num_blocks)
+        why = f"nobody has {', '.join(map(describe_blocks, missing))} yet" if missing else "every block is there"
+        logger.info("the swarm has %d other nodes; %s: taking %s", len(holders), why, describe_blocks(span))
+        return span
 
     async def _choose_again(self, wanted: Span | None) -> Span | None:
         """The same, as often as it takes; None if the node was asked to stop meanwhile."""
