@@ -275,7 +275,7 @@ class _Life:
         span = choose_span(checkpoint.num_blocks, joiner, holders)
         missing = uncovered((holder.span for holder in holders), checkpoint.num_blocks)
         why = f"nobody has {', '.join(map(describe_blocks, missing))} yet" if missing else "every block is there"
-        logger.info("the swarm has %d other nodes; %s: taking %s", len(holders), why, describe_blocks(span))
+        logger.info("other nodes: %d; %s: taking %s", len(holders), why, describe_blocks(span))
         return span
 
     async def _choose_again(self, wanted: Span | None) -> Span | None:
