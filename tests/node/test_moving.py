@@ -15,10 +15,11 @@ from server_node.move_turns import ROUND_S
 from server_node.node import Observer, Online
 from server_node.speed import RoutingFacts, SpeedMeter
 from server_node.status_board import StatusBoard
+from server_node.swarm_records import read_records
 from swarm_protocol.errors import CheckpointError, PeerUnreachableError, StreamLostError
 from swarm_protocol.identity import load_identity
 from swarm_protocol.messages import SESSION_PROTOCOL, Draining, OpenSession
-from swarm_protocol.records import NodeRecord
+from swarm_protocol.records import RECORD_LIFETIME_S, REFRESH_PERIOD_S, NodeRecord
 from swarm_protocol.spans import Span, uncovered
 from swarm_protocol.transport.base import Transport
 from swarm_protocol.transport.memory_net import MemoryNetwork
@@ -315,5 +316,22 @@ def test_a_node_pauses_while_its_owner_uses_the_device(folder: str, caplog: pyte
         owner.set(True)
         await node.paused()
         await node.leave()
+
+    scenario()
+
+
+def test_a_killed_node_is_gone_after_the_life_of_its_record(folder: str):
+    @virtual
+    async def scenario() -> None:
+        network = MemoryNetwork()
+        node, other = RunNode(network, config(folder)), network.transport()
+        await node.online()
+        await asyncio.sleep(REFRESH_PERIOD_S)
+        assert [record.peer_id for record in await read_records(other, "tiny-llama", 5)] == [node.peer_id]
+        await node.die()
+        await asyncio.sleep(RECORD_LIFETIME_S - REFRESH_PERIOD_S - 1)
+        assert await read_records(other, "tiny-llama", 5), "two refreshes may be lost"
+        await asyncio.sleep(REFRESH_PERIOD_S + 1)
+        assert not await read_records(other, "tiny-llama", 5)
 
     scenario()
