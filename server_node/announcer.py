@@ -104,6 +104,7 @@ class Announcer:
             block_token_s=facts.block_token_s,
             queue_s=facts.queue_s,
             pings_s=facts.pings_s,
+            uplink_bytes_per_s=facts.uplink_bytes_per_s,
         )
         if record.state != "offline":
             self._published = record

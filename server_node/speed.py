@@ -32,6 +32,7 @@ class RoutingFacts:
     block_token_s: float | None = None
     queue_s: float = 0.0
     pings_s: Pings = ()
+    uplink_bytes_per_s: int | None = None
 
 
 class SpeedMeter:
@@ -73,6 +74,7 @@ class SpeedMeter:
             _published(self._block_token_s),
             _published(self._decayed_queue_s(now_s)) or 0.0,
             pings_s,
+            None if self.uplink_bytes_per_s is None else round(self.uplink_bytes_per_s),
         )
 
     def _decayed_queue_s(self, now_s: float) -> float:

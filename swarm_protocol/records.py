@@ -49,7 +49,7 @@ class NodeRecord:
     and may be missing: seconds per block of a decode step, seconds per block and token of a prefill (None where nothing
     was measured), the wait in the queue lately, and round trips to peers that serve the blocks behind this node's. Then
     comes what other nodes plan by: how many blocks it has memory for, None where it does not say; how its blocks were
-    placed; and while it drains to take other blocks, which.
+    placed; and while it drains to take other blocks, which. At last how many bytes a second it was measured to send.
     """
 
     peer_id: ShortText
@@ -75,6 +75,7 @@ class NodeRecord:
     max_blocks: Block | None = None
     placed: Placed = "by_owner"
     next_blocks: tuple[Block, Block] | None = None
+    uplink_bytes_per_s: Count | None = None
 
     def __post_init__(self) -> None:
         if self.start_block >= self.end_block or not is_model_name(self.model):

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from swarm_protocol.errors import TapeLostError
 from swarm_protocol.messages import WireTensor
 from swarm_protocol.prefix_tapes import PrefixTapes
-from swarm_protocol.tensors import from_wire, to_wire
+from swarm_protocol.tensors import joined_tokens, token_part
+from swarm_protocol.wire_tensor import own_copy
 
 PREFIX_SHARE = 0.25
 """Of what tapes may take: as much again, for prompts that begin alike."""
@@ -85,7 +84,7 @@ class Tape:
                 self._take(-memoryview(last.data).nbytes)
             self.length -= last.shape[1]
             if self.length < length:
-                self._add(to_wire(from_wire(last)[:, : length - self.length]))
+                self._add(own_copy(token_part(last, 0, length - self.length)))
                 self.length = length
         self.length = min(self.length, length)
         self._orders = [(min(count, len(self._parts)), order) for count, order in self._orders if self._parts]
@@ -95,14 +94,14 @@ class Tape:
         """Return the tokens from `start` to `end`, one or more. Raises TapeLostError if they are not here."""
         if not (self.is_whole and 0 <= start < end <= self.length):
             raise TapeLostError(f"the tokens {start} to {end} are not on the tape any more")
-        pieces, position = [], 0
-        for part, rows in zip(self._parts, self._row_orders(), strict=True):
+        pieces, orders, position = list[WireTensor](), list[Sequence[int]](), 0
+        for part, order in zip(self._parts, self._row_orders(), strict=True):
             first, last = max(start, position), min(end, position + part.shape[1])
             if first < last:
-                states = from_wire(part)[:, first - position : last - position]
-                pieces.append(states[list(rows)] if rows else states)
+                pieces.append(token_part(part, first - position, last - position))
+                orders.append(order)
             position += part.shape[1]
-        return to_wire(torch.cat(pieces, dim=1))
+        return joined_tokens(pieces, orders)
 
     def drop(self) -> None:
         """Free the memory; the tape is not used any more."""

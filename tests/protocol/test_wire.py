@@ -83,6 +83,8 @@ every_message = st.one_of(
     st.builds(m.SessionClosed),
     st.builds(m.Forward, step_ids, texts, texts, blocks, blocks, tensors),
     st.builds(m.ForwardReply, step_ids, tensors),
+    st.builds(m.Backward, step_ids, texts, texts, blocks, blocks, tensors, tensors),
+    st.builds(m.BackwardReply, step_ids, tensors),
     st.builds(m.Ping, last_ids),
     st.builds(m.Pong, last_ids, last_ids),
     st.builds(m.JoinSession, texts, ids),
@@ -106,7 +108,7 @@ every_message = st.one_of(
 
 def test_the_strategy_makes_every_kind_of_message() -> None:
     kinds = [cls.kind for cls in m.MESSAGE_TYPES]
-    assert len(set(kinds)) == len(kinds) == 28
+    assert len(set(kinds)) == len(kinds) == 30
 
 
 @given(every_message, st.integers(2048, 4096))
