@@ -23,10 +23,13 @@ def with_dtype(options: Sequence[str]) -> tuple[str, ...]:
 class NodeProcess:
     """One node; `address` is its multiaddress once it is online."""
 
-    def __init__(self, model: str, blocks: str, initial_peers: Sequence[str] = (), *options: str) -> None:
+    def __init__(
+        self, model: str, blocks: str, initial_peers: Sequence[str] = (), *options: str, prefix: Sequence[str] = ()
+    ) -> None:
+        """`prefix` is the command line that runs the node's, as in a namespace. Options outweigh the usual ones."""
         peers = ("--initial-peers", *initial_peers) if initial_peers else ()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "server_node.cli", "run", model, "--blocks", blocks, "--threads", "1",
+            [*prefix, sys.executable, "-m", "server_node.cli", "run", model, "--blocks", blocks, "--threads", "1",
              "--log-level", "warning", *LOOPBACK, *peers, *with_dtype(options)],
             stdout=subprocess.PIPE,
             text=True,
