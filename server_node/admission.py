@@ -26,11 +26,12 @@ from swarm_protocol.errors import (
     UnsupportedVersionError,
 )
 from swarm_protocol.ids import PeerId, parse_peer_id
-from swarm_protocol.messages import PROTOCOL_VERSIONS, Forward, OpenSession, Step, WireTensor
+from swarm_protocol.messages import PROTOCOL_VERSIONS, Backward, Forward, OpenSession, Step, WireTensor
 from swarm_protocol.spans import Span
 from swarm_protocol.tensors import check_hidden_states
+from swarm_protocol.wire_tensor import INT8_ROWS
 
-HIDDEN_DTYPES = frozenset({"float32", "bfloat16", "float16"})
+HIDDEN_DTYPES = frozenset({"float32", "bfloat16", "float16", INT8_ROWS})
 """What hidden states may arrive in; they are computed in the node's dtype and go back in the one they came in."""
 
 _BYTES_PER_VALUE = 4
@@ -138,6 +139,10 @@ class Admission:
             cacheable = self._all_token_blocks // len(plan.blocks)
             tokens = min(tokens, max(cacheable, plan.batch_size * plan.max_tokens))
         return self._bytes_of_tokens(tokens)
+
+    def pass_bytes(self) -> int:
+        """Return the largest payload to let in of a pass without a session: states, and gradients of as many."""
+        return 2 * self._bytes_of_tokens(self.max_step_tokens)
 
     def admit(self, request: OpenSession, peer_id: PeerId) -> SessionPlan:
         """Reserve what `request` asks for. Raises SwarmError, and then nothing is reserved."""
@@ -255,7 +260,7 @@ class Admission:
         """The memory is free again."""
         _take(self._held_bytes, peer_id, num_bytes)
 
-    def check_forward(self, request: Forward) -> Span:
+    def check_pass(self, request: Forward | Backward) -> Span:
         """Return the blocks that `request` is to run through. Raises SwarmError if it cannot be served."""
         if self.is_draining:
             raise NodeDrainingError("this node is leaving and begins nothing new")
@@ -263,6 +268,10 @@ class Admission:
         self._check_hidden_states(request.hidden_states, None)
         if not math.prod(request.hidden_states.shape):
             raise InvalidTensorError(f"hidden states of shape {request.hidden_states.shape} hold nothing to run")
+        if isinstance(request, Backward):
+            check_hidden_states(request.gradients, HIDDEN_DTYPES, None, self.served.hidden_size)
+            if request.gradients.shape != request.hidden_states.shape:
+                raise InvalidTensorError(f"gradients of {request.gradients} for {request.hidden_states}")
         return blocks
 
     def step_problem(self, step: Step, plan: SessionPlan) -> SwarmError | None:
@@ -276,7 +285,7 @@ class Admission:
             return InvalidRequestError(f"row_order names {plan.batch_size} rows, 0 to {plan.batch_size - 1}")
         return None
 
-    def _checked_blocks(self, request: OpenSession | Forward) -> Span:
+    def _checked_blocks(self, request: OpenSession | Forward | Backward) -> Span:
         served = self.served
         if request.model != served.model:
             raise RevisionMismatchError(f"{request.model!r} was asked for, this node serves {served.model!r}")

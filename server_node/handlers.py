@@ -1,4 +1,4 @@
-"""What a node answers on its streams: sessions, and forward passes without one.
+"""What a node answers on its streams: sessions, and passes forward and back without one.
 
 What a peer sends falls into three kinds of trouble:
 
@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 
 from server_node.admission import Admission, SessionPlan
-from server_node.compute.work import AllocateWork, ForwardWork
+from server_node.compute.work import AllocateWork, BackwardWork, ForwardWork
 from server_node.compute.worker import ComputeWorker
 from server_node.link import Link, open_link
 from server_node.rates import BROKEN_STREAM
@@ -30,8 +30,10 @@ from swarm_protocol.errors import (
     SwarmError,
     UnexpectedMessageError,
 )
-from swarm_protocol.ids import short_peer
+from swarm_protocol.ids import PeerId, short_peer
 from swarm_protocol.messages import (
+    Backward,
+    BackwardReply,
     CloseSession,
     Draining,
     ErrorReply,
@@ -50,6 +52,7 @@ from swarm_protocol.messages import (
     Step,
     error_reply,
 )
+from swarm_protocol.spans import Span
 from swarm_protocol.transport.base import FrameStream
 
 logger = logging.getLogger(__name__)
@@ -102,7 +105,7 @@ class NodeHandlers:
 
     async def serve_compute(self, stream: FrameStream) -> None:
         """Serve one stream of COMPUTE_PROTOCOL; runs until either side ends it."""
-        await self._serve(stream, self._admission.payload_bytes(), self._compute_stream)
+        await self._serve(stream, self._admission.pass_bytes(), self._compute_stream)
 
     async def serve_with(self, stream: FrameStream, conversation: Conversation) -> None:
         """Serve a stream of another protocol, whose messages `conversation` takes, within the same limits."""
@@ -273,42 +276,51 @@ class NodeHandlers:
             if session.upstream_link is link:
                 session.upstream_link = None
 
-    # forward passes
+    # passes without a session
 
     async def _compute_stream(self, link: Link, _: ExitStack) -> None:
         while True:
             message = await link.receive(_now_s() + self._admission.limits.idle_s)
-            if isinstance(message, Forward):
-                link.post(await self._forward(link, message))
+            if isinstance(message, Forward | Backward):
+                link.post(await self._pass(link, message))
                 await link.all_sent()  # or a peer that reads nothing would pile up outputs here
             elif isinstance(message, Ping):
                 link.post(Pong(message.nonce))
             else:
-                raise UnexpectedMessageError(f"{type(message).__name__} has no place on a stream for forward passes")
+                raise UnexpectedMessageError(
+                    f"{type(message).__name__} has no place on a stream for passes without a session"
+                )
 
-    async def _forward(self, link: Link, request: Forward) -> ForwardReply | ErrorReply:
+    async def _pass(self, link: Link, request: Forward | Backward) -> ForwardReply | BackwardReply | ErrorReply:
         try:
-            blocks = self._admission.check_forward(request)
+            blocks = self._admission.check_pass(request)
             self._admission.queue(link.peer_id)
             try:
-                output = await self._worker.run(ForwardWork(blocks, request.hidden_states, link.peer_id))
+                output = await self._worker.run(_work(request, blocks, link.peer_id))
             finally:
                 self._admission.unqueue(link.peer_id)
                 self._something_ended.set()
         except SwarmError as error:
-            logger.debug("forward refused: %s: %s peer=%s", error.code, error, short_peer(link.peer_id))
+            logger.debug("pass refused: %s: %s peer=%s", error.code, error, short_peer(link.peer_id))
             return error_reply(error, request.request_id)
         except Exception as error:
-            bug = internal_error(error, f"bug in a forward pass peer={short_peer(link.peer_id)}")
+            bug = internal_error(error, f"bug in a pass without a session peer={short_peer(link.peer_id)}")
             return error_reply(bug, request.request_id)
         self._admission.rates.computed(link.peer_id, _now_s())
-        return ForwardReply(request.request_id, output.hidden_states)
+        reply = ForwardReply if isinstance(request, Forward) else BackwardReply
+        return reply(request.request_id, output.hidden_states)
 
 
 def _allocation(request: OpenSession, plan: SessionPlan) -> AllocateWork:
     # A prefix says what the tokens of one row will be.
     prefix = request.prefix if plan.batch_size == 1 else ()
     return AllocateWork(plan.blocks, plan.batch_size, plan.max_tokens, plan.peer_id, prefix)
+
+
+def _work(request: Forward | Backward, blocks: Span, owner: PeerId) -> ForwardWork | BackwardWork:
+    if isinstance(request, Forward):
+        return ForwardWork(blocks, request.hidden_states, owner)
+    return BackwardWork(blocks, request.hidden_states, request.gradients, owner)
 
 
 def _now_s() -> float:

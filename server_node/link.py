@@ -14,7 +14,7 @@ from itertools import islice
 from server_node.admission import Admission
 from swarm_protocol.errors import MalformedFrameError, StreamLostError
 from swarm_protocol.ids import PeerId, short_peer
-from swarm_protocol.messages import ForwardReply, Message, StepReply, TapeSent
+from swarm_protocol.messages import BackwardReply, ForwardReply, Message, StepReply, TapeSent
 from swarm_protocol.transport.base import MAX_FRAME_BYTES, FrameStream
 from swarm_protocol.wire import MessageAssembler, WireLimits, encode
 
@@ -190,9 +190,9 @@ class Link:
 
 
 def _payload_bytes(message: Message) -> int:
-    return (
-        memoryview(message.hidden_states.data).nbytes if isinstance(message, StepReply | ForwardReply | TapeSent) else 0
-    )
+    if isinstance(message, StepReply | ForwardReply | TapeSent):
+        return memoryview(message.hidden_states.data).nbytes
+    return memoryview(message.gradients.data).nbytes if isinstance(message, BackwardReply) else 0
 
 
 def _now_s() -> float:

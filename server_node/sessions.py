@@ -39,6 +39,7 @@ from swarm_protocol.prompt_pages import PromptPages
 from swarm_protocol.session_state import Begun, SessionState, State
 from swarm_protocol.tape import Tape, TapeBudget
 from swarm_protocol.transport.base import Transport
+from swarm_protocol.wire_tensor import own_copy
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class Session:
             self.tape.reorder(step.row_order)
         if self.prompt is not None:
             self.prompt.writes(self.tape, step.position)
-        self.tape.write(step.position, WireTensor(output.dtype, output.shape, bytes(output.data)))
+        self.tape.write(step.position, own_copy(output))
         if self.prompt is not None:
             self.prompt.keep(self.tape)
 

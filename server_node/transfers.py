@@ -51,6 +51,7 @@ from swarm_protocol.tensors import check_hidden_states
 from swarm_protocol.transfer_messages import PIECE_BYTES
 from swarm_protocol.transport.base import FrameStream, Transport
 from swarm_protocol.wire import MessageAssembler, WireLimits, encode
+from swarm_protocol.wire_tensor import own_copy
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +224,8 @@ class Transfers:
                 work = AppendWork(session.cache, position, pages.states, session.plan.peer_id)
                 await self._worker.run(work)
                 if session.tape is not None and pages.outputs.shape[1] and not session.is_closed:
-                    session.tape.write(position, _own_copy(pages.outputs))
+                    # The values share the memory of their frame, which is mostly keys.
+                    session.tape.write(position, own_copy(pages.outputs))
             finally:
                 pieces.let_go()
             position += pages.states.shape[0]
@@ -275,11 +277,6 @@ class _Pieces:
         """Count no memory as held any more."""
         self._admission.unhold(self._client, self._held_bytes)
         self._held_bytes = 0
-
-
-def _own_copy(states: WireTensor) -> WireTensor:
-    # The values share the memory of their frame, which is mostly keys.
-    return WireTensor(states.dtype, states.shape, bytes(states.data))
 
 
 def check_equal(request: FetchSession, session: Session, served: ServedSpan) -> None:

@@ -12,10 +12,10 @@ from transformers import Cache
 
 from swarm_client.events import EventListener
 from swarm_client.inference_session import InferenceSession
+from swarm_client.remote_pass import RemotePass
 from swarm_client.routing.find_route import ModelKey
 from swarm_client.swarm import Swarm
 from swarm_protocol.errors import InvalidRequestError
-from swarm_protocol.tensors import from_wire, to_wire
 
 
 class RemoteCache(Cache):  # type: ignore[misc]
@@ -102,13 +102,16 @@ class RemoteBlocks(nn.Module):
     def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any) -> torch.Tensor:
         """Return the states after the last block: as a step of the session in `past_key_values`, or without a cache.
 
-        Raises InvalidRequestError where gradients would be needed, SwarmError for what happens in the swarm.
+        Without one, gradients flow to `hidden_states`. Raises InvalidRequestError where they would have to through a
+        session, SwarmError for what happens in the swarm.
         """
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
-            raise InvalidRequestError("no gradients come back from the swarm: call the model under torch.no_grad()")
         call = _call.get() or BlocksCall()
         call.entering = hidden_states
         if isinstance(past_key_values, RemoteCache):
+            if torch.is_grad_enabled() and hidden_states.requires_grad:
+                raise InvalidRequestError(
+                    "no gradients flow through a session: call the model outside of it, or under torch.no_grad()"
+                )
             session = past_key_values.session
             output = session.step(hidden_states, padding=call.padding, with_span_outputs=call.with_span_outputs)
             call.span_outputs = list(session.span_outputs)
@@ -117,31 +120,36 @@ class RemoteBlocks(nn.Module):
 
     def _forward(self, hidden_states: torch.Tensor, call: BlocksCall) -> torch.Tensor:
         padding = call.padding or [0] * hidden_states.shape[0]
+        # Written in place, which autograd follows.
+        output = torch.zeros_like(hidden_states)
         spans: list[torch.Tensor] = []
         for width in sorted(set(padding)):
             rows = [row for row, columns in enumerate(padding) if columns == width]
-            outputs = self.swarm.forward(self.model, to_wire(hidden_states[rows, width:]))
-            if not call.with_span_outputs:
-                outputs = outputs[-1:]
-            if len(spans) not in (0, len(outputs)):
+            whole = RemotePass(self.swarm, self.model, with_span_outputs=call.with_span_outputs)
+            output[rows, width:] = whole.run(hidden_states[rows, width:])
+            if len(spans) not in (0, len(whole.span_outputs)):
                 raise InvalidRequestError("rows with different padding went through different spans; try again")
-            spans = spans or [torch.zeros_like(hidden_states) for _ in outputs]
-            for span, output in zip(spans, outputs, strict=True):
-                span[rows, width:] = from_wire(output).to(span.device)
+            spans = spans or [torch.zeros_like(hidden_states) for _ in whole.span_outputs]
+            for span, part in zip(spans, whole.span_outputs, strict=True):
+                span[rows, width:] = part
         call.span_outputs = spans
-        return spans[-1]
+        return output
 
 
-def left_padding(attention_mask: torch.Tensor | None) -> list[int] | None:
+def left_padding(attention_mask: torch.Tensor | None, *, may_end_early: bool = False) -> list[int] | None:
     """Return the left padding columns of each row of a 2-D mask (batch, seq) of zeros and ones; None without a mask.
 
-    Raises InvalidRequestError for masks with zeros behind ones: nodes know no holes.
+    With `may_end_early` a row may end with zeros: what stands there decides nothing that comes before. Raises
+    InvalidRequestError for other masks: nodes know no holes.
     """
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2:
         raise InvalidRequestError("the attention mask must be 2-D: (batch, seq) of zeros and ones")
     mask = attention_mask.cpu().bool()
+    if may_end_early:
+        is_behind = ~mask.flip(1).cummax(dim=1).values.flip(1)
+        mask = mask | (is_behind & mask.any(dim=1, keepdim=True))
     if not torch.equal(mask, mask.cummax(dim=1).values) or not mask[:, -1:].all():
         raise InvalidRequestError("only left padding is served: the mask has zeros behind ones, or a row of zeros")
     return [int(columns) for columns in (~mask).sum(dim=1)]

@@ -15,12 +15,8 @@ A step may name the nodes that its output goes on to. Each sends it to the next 
     JoinSession → RingJoined             bring the steps of a session, whose client has named this peer
     Step                                 answered to the client, on the stream of its own session
 
-Work without a session, a span run forward over whole sequences, goes over streams under `COMPUTE_PROTOCOL`:
-
-    Forward → ForwardReply | ErrorReply
-
-How a session moves from a node that leaves to another one is in `transfer_messages.py`, how a node has itself tried out
-in `probe_messages.py`.
+Work without a session is in `compute_messages.py`, how a session moves from a node that leaves to another one in
+`transfer_messages.py`, how a node has itself tried out in `probe_messages.py`.
 
 `Ping → Pong` is answered on both. Fields are checked against the ranges written here when a message is decoded
 (`wire.py`); what depends on the receiver (the span it serves, its free cache) is checked by the receiver.
@@ -31,6 +27,11 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
+from swarm_protocol.compute_messages import COMPUTE_PROTOCOL as COMPUTE_PROTOCOL
+from swarm_protocol.compute_messages import Backward as Backward
+from swarm_protocol.compute_messages import BackwardReply as BackwardReply
+from swarm_protocol.compute_messages import Forward as Forward
+from swarm_protocol.compute_messages import ForwardReply as ForwardReply
 from swarm_protocol.errors import SwarmError
 from swarm_protocol.ids import ID_BYTES
 from swarm_protocol.probe_messages import PROBE_PROTOCOL as PROBE_PROTOCOL
@@ -57,7 +58,6 @@ PROTOCOL_VERSIONS = (1,)
 
 SESSION_PROTOCOL = "/umbel/session/1"
 RING_PROTOCOL = "/umbel/ring/1"
-COMPUTE_PROTOCOL = "/umbel/compute/1"
 
 MAX_BATCH_ROWS = 256
 MAX_SESSION_TOKENS = 1 << 20
@@ -256,33 +256,6 @@ class SessionClosed:
 
 
 @dataclass(frozen=True, slots=True)
-class Forward:
-    """Run `hidden_states` (batch, seq, hidden) through blocks `[start_block, end_block)` without any cache."""
-
-    kind: ClassVar[int] = 20
-    request_id: StepId
-    model: ShortText
-    revision: ShortText
-    start_block: Block
-    end_block: Block
-    hidden_states: WireTensor
-
-    @property
-    def span(self) -> Span:
-        """The blocks asked for. Raises ValueError if there are none."""
-        return Span(self.start_block, self.end_block)
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardReply:
-    """The output (batch, seq, hidden) of the Forward with the same id."""
-
-    kind: ClassVar[int] = 21
-    request_id: StepId
-    hidden_states: WireTensor
-
-
-@dataclass(frozen=True, slots=True)
 class Ping:
     """Ask for a sign of life."""
 
@@ -325,6 +298,8 @@ Message = (
     | SessionClosed
     | Forward
     | ForwardReply
+    | Backward
+    | BackwardReply
     | Ping
     | Pong
     | ErrorReply

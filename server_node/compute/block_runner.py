@@ -60,7 +60,7 @@ class BlockRunner:
 
         What follows runs it in one piece or several, or together with other sessions' steps.
         """
-        self._check(hidden_states, blocks)
+        self.check(hidden_states, blocks)
         if blocks != cache.blocks:
             raise BlocksNotServedError(blocks, cache.blocks)
         batch_size, num_tokens, _ = hidden_states.shape
@@ -95,7 +95,7 @@ class BlockRunner:
 
         Gradients flow to `hidden_states` if it requires them. Raises InvalidTensorError and BlocksNotServedError.
         """
-        self._check(hidden_states, blocks)
+        self.check(hidden_states, blocks)
         batch_size, num_tokens, _ = hidden_states.shape
         if num_tokens > self._piece_tokens(batch_size, num_tokens) and not hidden_states.requires_grad:
             return self.run_step(self.new_cache(batch_size, num_tokens, blocks), hidden_states, 0, blocks)
@@ -105,7 +105,8 @@ class BlockRunner:
         """Return how many tokens per row may go through at once, with `num_keys` tokens to attend to."""
         return max(1, SCORES_BYTES // (4 * batch_size * self._num_heads * num_keys))
 
-    def _check(self, hidden_states: torch.Tensor, blocks: Span) -> None:
+    def check(self, hidden_states: torch.Tensor, blocks: Span) -> None:
+        """Raise InvalidTensorError or BlocksNotServedError for what these blocks cannot run."""
         if not self.span.contains(blocks):
             raise BlocksNotServedError(blocks, self.span)
         hidden_size = self.module.config.hidden_size

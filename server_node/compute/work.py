@@ -51,6 +51,16 @@ class ForwardWork:
 
 
 @dataclass(frozen=True, slots=True)
+class BackwardWork:
+    """Bring gradients of what a `ForwardWork` gives back to what it is given; both (batch, seq, hidden)."""
+
+    blocks: Span
+    hidden_states: WireTensor
+    gradients: WireTensor
+    owner: PeerId = NOBODY
+
+
+@dataclass(frozen=True, slots=True)
 class ReadWork:
     """Copy tokens of a session's cache from `position` on, about `max_bytes` of them and none from `end` on."""
 
@@ -81,7 +91,7 @@ class ReadTokens:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """The output in the dtype of the input, how long the work waited, and how long it took.
+    """The output in the dtype of the input, how long the work waited, and how long it took; or gradients, in theirs.
 
     Both count from when the work was submitted, `compute_s` the forwards that it was part of.
     """
@@ -91,4 +101,4 @@ class Computed:
     compute_s: float
 
 
-Work = AllocateWork | StepWork | ForwardWork | ReadWork | AppendWork
+Work = AllocateWork | StepWork | ForwardWork | BackwardWork | ReadWork | AppendWork

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from server_node.compute.backward import BackwardPass, backward_cost
 from server_node.compute.batch_runner import BatchRunner, DecodeStep, Joining
 from server_node.compute.block_runner import BlockRunner
 from server_node.compute.kv_cache import KVCache
@@ -16,6 +17,7 @@ from server_node.compute.scheduler import Batch, BatchLimits, Kind, Scheduler, W
 from server_node.compute.work import (
     AllocateWork,
     AppendWork,
+    BackwardWork,
     Computed,
     ForwardWork,
     ReadTokens,
@@ -31,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """Work on its way. `num_done` counts the tokens of a step, or the blocks of a forward, that are through.
+    """Work on its way. `num_done` counts the tokens of a step, or the blocks of a forward, that are through; of a
+    backward pass what it has cost, as `backward_cost`.
 
     `has_begun` says that a prefill was not refused and may have written to its cache.
 
@@ -47,6 +50,7 @@ class Job:
     compute_s: float = 0.0
     states: torch.Tensor | None = None
     outputs: list[torch.Tensor] = field(default_factory=list)
+    backward: BackwardPass | None = None
     result: KVCache | Computed | ReadTokens | None = None
     error: BaseException | None = None
 
@@ -120,16 +124,16 @@ class WorkRunner:
 
     def _describe(self, job: Job, with_group: bool) -> Waiting:
         work, kind = job.work, self._kind(job.work)
-        if not isinstance(work, StepWork | ForwardWork):
+        if not isinstance(work, StepWork | ForwardWork | BackwardWork):
             return Waiting(job.arrival, kind, peer=work.owner, since_s=job.submitted_s)
         num_rows, num_tokens, _ = work.hidden_states.shape
-        if isinstance(work, ForwardWork):
+        if isinstance(work, ForwardWork | BackwardWork):
             return Waiting(
                 job.arrival,
                 kind,
                 num_rows=num_rows,
                 num_tokens=num_tokens,
-                num_blocks=len(work.blocks) - job.num_done,
+                num_blocks=_whole_cost(work) - job.num_done,
                 peer=work.owner,
                 since_s=job.submitted_s,
             )
@@ -155,7 +159,7 @@ class WorkRunner:
             return Kind.PREFILL if work.prefix else Kind.ALLOCATE
         if isinstance(work, ReadWork | AppendWork):
             return Kind.PREFILL
-        if isinstance(work, ForwardWork):
+        if isinstance(work, ForwardWork | BackwardWork):
             return Kind.FORWARD
         num_rows, num_tokens, _ = work.hidden_states.shape
         limits = self._scheduler.limits
@@ -193,6 +197,8 @@ class WorkRunner:
                 return
             elif isinstance(work, ForwardWork):
                 self._run_forward(job, work, amount)
+            elif isinstance(work, BackwardWork):
+                self._run_backward(job, work, amount)
             else:
                 self._run_prefill(job, work, amount)
         except Exception as error:
@@ -221,19 +227,27 @@ class WorkRunner:
         job.outputs = [job.states]
         job.num_done += num_blocks
 
+    def _run_backward(self, job: Job, work: BackwardWork, cost: int) -> None:
+        if job.backward is None:
+            assert job.states is not None
+            gradients = self._runner.placed(from_wire(work.gradients, self._runner.module.device))
+            check_finite(gradients)
+            job.backward = BackwardPass(self._runner, work.blocks, job.states, gradients)
+        job.num_done += job.backward.run(cost)
+        job.outputs = [job.backward.gradients]
+
     @staticmethod
     def _is_more(job: Job) -> bool:
         work = job.work
-        assert isinstance(work, StepWork | ForwardWork)
-        all_of_it = len(work.blocks) if isinstance(work, ForwardWork) else work.hidden_states.shape[1]
-        return job.num_done < all_of_it
+        assert isinstance(work, StepWork | ForwardWork | BackwardWork)
+        return job.num_done < (work.hidden_states.shape[1] if isinstance(work, StepWork) else _whole_cost(work))
 
     def _receive(self, job: Job) -> bool:
         """Bring a job's hidden states to the device; return whether they are fit to be computed with."""
-        assert isinstance(job.work, StepWork | ForwardWork)
+        assert isinstance(job.work, StepWork | ForwardWork | BackwardWork)
         try:
             # After the conversion: a float32 may be finite and still too large for float16.
-            job.states = self._runner.placed(from_wire(job.work.hidden_states))
+            job.states = self._runner.placed(from_wire(job.work.hidden_states, self._runner.module.device))
             check_finite(job.states)
         except Exception as error:
             job.error = error
@@ -244,6 +258,11 @@ class WorkRunner:
         # The tokens before the step are untouched: forget only what it wrote. A step that was refused wrote nothing.
         self.drop(job)
         job.error = error
+
+
+def _whole_cost(work: ForwardWork | BackwardWork) -> int:
+    """Return what all of it costs, in forward passes of a block."""
+    return len(work.blocks) if isinstance(work, ForwardWork) else backward_cost(len(work.blocks))
 
 
 def is_decode(work: StepWork) -> bool:
@@ -263,12 +282,12 @@ def _forget(work: StepWork) -> None:
 
 
 def _conclude(job: Job, clock: Callable[[], float]) -> None:
-    assert isinstance(job.work, StepWork | ForwardWork)
+    assert isinstance(job.work, StepWork | ForwardWork | BackwardWork)
     started_s = clock()
     try:
         output = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs, dim=1)
-        dtype: torch.dtype = getattr(torch, job.work.hidden_states.dtype)
-        states = to_wire(output.to(dtype))
+        came = job.work.gradients if isinstance(job.work, BackwardWork) else job.work.hidden_states
+        states = to_wire(output, came.dtype)
     except Exception as error:
         if isinstance(job.work, StepWork):
             _forget(job.work)

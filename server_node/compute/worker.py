@@ -32,6 +32,7 @@ from server_node.compute.scheduler import Batch, BatchLimits, Kind
 from server_node.compute.work import (
     AllocateWork,
     AppendWork,
+    BackwardWork,
     Computed,
     ForwardWork,
     ReadTokens,
@@ -147,7 +148,7 @@ class ComputeWorker:
     @overload
     async def run(self, work: ReadWork) -> ReadTokens: ...
     @overload
-    async def run(self, work: StepWork | ForwardWork) -> Computed: ...
+    async def run(self, work: StepWork | ForwardWork | BackwardWork) -> Computed: ...
     async def run(self, work: Work) -> KVCache | Computed | ReadTokens:
         """Do `work` on the device and return its result.
 

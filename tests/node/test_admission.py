@@ -1,5 +1,6 @@
 """Who is let in, what is reserved, and that it comes back."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 
 from server_node.admission import Admission, ServedSpan
 from server_node.config import NodeLimits
-from swarm_protocol.errors import SwarmError
+from swarm_protocol.errors import InvalidTensorError, SwarmError
 from swarm_protocol.ids import PeerId
-from swarm_protocol.messages import Forward, OpenSession, Step
+from swarm_protocol.messages import Backward, Forward, OpenSession, Step
 from swarm_protocol.spans import Span
 from swarm_protocol.tensors import to_wire
 
@@ -209,10 +210,20 @@ def test_the_content_of_steps_is_judged(step: Step, code: str | None):
         ({"hidden_states": to_wire(torch.zeros(5, 13, 16))}, "invalid_request"),
     ],
 )
-def test_the_content_of_forward_passes_is_judged(fields: dict[str, Any], code: str):
+def test_the_content_of_passes_is_judged(fields: dict[str, Any], code: str):
     with pytest.raises(SwarmError) as caught:
-        ledger(max_step_tokens=64).check_forward(forward(**fields))
+        ledger(max_step_tokens=64).check_pass(forward(**fields))
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("gradients", [torch.zeros(1, 3, 16), torch.zeros(1, 2, 8), torch.zeros(1, 2, 16).long()])
+def test_gradients_have_to_be_those_of_the_states(gradients: torch.Tensor):
+    asked = forward()
+    values = {name: getattr(asked, name) for name in asked.__slots__}
+    wanted = Backward(**values, gradients=asked.hidden_states)
+    assert ledger().check_pass(wanted) == asked.span
+    with pytest.raises(InvalidTensorError):
+        ledger().check_pass(replace(wanted, gradients=to_wire(gradients)))
 
 
 def test_no_more_is_let_in_than_a_step_may_carry():
