@@ -32,6 +32,14 @@ class ClientConfig:
     standby         whether a second node follows along at each hop, to take over at once; it takes as much KV cache
                     again
     reuse_prefixes  whether nodes may keep what they computed of a prompt for this client's later sessions
+    wire_dtype      in what hidden states travel: "computed" is what the nodes compute with, never wider than what the
+                    client's ends compute with; "auto" likewise, but less where a node's uplink is slow (bfloat16, or
+                    int8_rows where the family bears it); or "float32", "bfloat16", "float16", "int8_rows"
+    slow_bytes_per_s  below this an uplink is slow; 100 Mbit/s: 1,024 tokens of hidden 8192 take 1.3 s in bfloat16
+    speculation     what guesses tokens of text sessions ahead, which one step then verifies: "off", or "ngram", which
+                    looks up what followed the same tokens before. The text is the same; off until it is measured over
+                    distances
+    passes_in_flight  micro-batches of a forward or backward pass that are under way at once, so that all nodes work
     step_tokens     most tokens (rows x columns) in one step; longer inputs are cut, so that no frame gets too large
     """
 
@@ -51,5 +59,9 @@ class ClientConfig:
     tape_bytes: int = 1024 * 1024 * 1024
     standby: bool = False
     reuse_prefixes: bool = True
+    wire_dtype: str = "auto"
+    slow_bytes_per_s: float = 12.5e6
+    speculation: str = "off"
+    passes_in_flight: int = 8
     step_tokens: int = 512
     blocked_peers: frozenset[PeerId] = field(default_factory=frozenset)

@@ -68,9 +68,10 @@ class HopTimes:
 class GenerationTimes:
     """The report on one generation.
 
-    `num_tokens` are the steps that ended in a token; `first_token` is the first of them, with the prompt, `per_token`
-    the medians of those behind it that nothing disturbed, part by part. `recomputed_tokens` were computed again in
-    `num_recoveries` recoveries.
+    `num_tokens` are the tokens that steps ended in; `first_token` is the first of them, with the prompt, `per_token`
+    the medians of the steps behind it that nothing disturbed, part by part, over the tokens that such a step brought.
+    `recomputed_tokens` were computed again in `num_recoveries` recoveries. Of `drafted_tokens`, which were guessed
+    ahead, `accepted_tokens` were right; the last few of these may not have been wanted any more.
     """
 
     num_tokens: int
@@ -80,6 +81,8 @@ class GenerationTimes:
     hops: tuple[HopTimes, ...]
     num_recoveries: int = 0
     recomputed_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as an object for `json.dumps`; times are seconds."""
@@ -91,6 +94,8 @@ class GenerationTimes:
             "hops": [hop.as_json() for hop in self.hops],
             "recoveries": self.num_recoveries,
             "recomputed_tokens": self.recomputed_tokens,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
         }
 
     def as_table(self) -> str:
@@ -114,6 +119,8 @@ class GenerationTimes:
         parts = [f"{self.num_tokens} token{'' if self.num_tokens == 1 else 's'} in {self.total.total_s:.2f} s"]
         if self.per_token.total_s:
             parts.append(f"{1 / self.per_token.total_s:.1f} tokens/s")
+        if self.drafted_tokens:
+            parts.append(f"{self.accepted_tokens} of {self.drafted_tokens} guessed tokens were right")
         if self.num_recoveries:
             times = "once" if self.num_recoveries == 1 else f"{self.num_recoveries} times"
             parts.append(f"recovered {times}, {self.recomputed_tokens} tokens computed again")

@@ -27,7 +27,7 @@ from swarm_protocol.errors import (
     SwarmError,
 )
 from swarm_protocol.messages import MAX_BATCH_ROWS
-from swarm_protocol.tensors import dtype_name, from_wire, to_wire
+from swarm_protocol.tensors import dtype_name, from_wire, token_part
 
 _active: "contextvars.ContextVar[InferenceSession | None]" = contextvars.ContextVar("umbel_session", default=None)
 
@@ -325,9 +325,10 @@ class InferenceSession:
     ) -> list[tuple[torch.Tensor, ...]]:
         """Run rows that are all in one group, without padding."""
         columns, start = hidden_states.shape[1], group.position(self._position)
+        states = group.as_it_travels(hidden_states)  # made here, not by the loop
         results = self._runner.run(
             lambda: group.session.run(
-                lambda first, end: to_wire(hidden_states[:, first:end]), columns, start, every_span=with_span_outputs
+                lambda first, end: token_part(states, first, end), columns, start, every_span=with_span_outputs
             )
         )
         outputs = []
@@ -349,7 +350,7 @@ class InferenceSession:
             rows = chunk if len(self._groups) == 1 else chunk[group.rows]
             busy.append(group)
             take_step = partial(group.session.step, every_span=with_span_outputs)
-            steps.append(partial(take_step, to_wire(rows[:, first:]), group.position(start), order))
+            steps.append(partial(take_step, group.as_it_travels(rows[:, first:]), group.position(start), order))
         try:
             results = self._runner.run(lambda: all_of(steps))
         except BaseException:
@@ -368,7 +369,8 @@ class InferenceSession:
         self.last_timings = results[-1].timings
         self._step_timings += [timing for result in results for timing in result.timings]
         if len(self._groups) == 1 and results[0].outputs[-1].shape[1] == chunk.shape[1]:
-            return tuple(from_wire(output) for output in results[0].outputs[0 if with_span_outputs else -1 :])
+            outputs = results[0].outputs[0 if with_span_outputs else -1 :]
+            return tuple(from_wire(output).to(chunk.dtype) for output in outputs)
         is_same = len({tuple(timing.hop.span for timing in result.timings) for result in results}) == 1
         wholes = []
         for index in range(len(results[0].outputs)) if is_same and with_span_outputs else [-1]:

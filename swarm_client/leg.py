@@ -89,8 +89,3 @@ def direct_segments(is_direct: Sequence[bool]) -> list[range]:
             segments.append(range(start, index + 1))
             start = index + 1
     return segments
-
-
-def own_copy(states: WireTensor) -> WireTensor:
-    """Return `states` with memory of its own: the caller may change its tensor, the tape is to keep what was sent."""
-    return WireTensor(states.dtype, states.shape, bytes(states.data))

@@ -75,7 +75,7 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
         """Run the family's forward with the session's cache. Inside a session only new tokens are passed.
 
         `output_hidden_states=True` gives the states (batch, seq, hidden) that enter the first block, and those after
-        every span of the route. Raises InvalidRequestError for masks other than left padding.
+        every span of the route. Raises InvalidRequestError for masks with holes, and in a session for padding behind.
         """
         cache = kwargs.get("past_key_values")
         session = cache.session if isinstance(cache, RemoteCache) else active_session()
@@ -84,7 +84,8 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
         kwargs["use_cache"] = session is not None
         start = session.position if session is not None else 0
         with_states = bool(kwargs.pop("output_hidden_states", False))
-        with blocks_call(BlocksCall(left_padding(kwargs.get("attention_mask")), with_states)) as call:
+        padding = left_padding(kwargs.get("attention_mask"), may_end_early=session is None)
+        with blocks_call(BlocksCall(padding, with_states)) as call:
             output = family_forward(self, **kwargs)
         if session is not None:
             _remember_tokens(session, start, kwargs.get("input_ids"))
@@ -110,6 +111,7 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
 
         In a session, `inputs` are the new tokens only (None goes on from the last one), and so is what is returned;
         what came before is not computed again, except behind a beam search, which leaves its beams in the caches.
+        Random numbers are torch's own generator's, so that a text sampled here differs from `stream`'s at equal seeds.
         Raises MaxLengthError when the session gets too long. After an error the session holds what it held before.
         """
         session = session or active_session()
@@ -150,14 +152,16 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
         *,
         max_length: int | None = None,
         on_event: EventListener | None = None,
+        speculation: str | None = None,
     ) -> TextStream:
         """Yield the continuation of a text, or the answer to messages, as text deltas; closing the iterator cancels.
 
         For several turns over one cache use `text_model().open_session(…)`. `max_length` None makes the session as
         long as prompt and `params.max_new_tokens` need. `on_event` is told what happens to the route, by the thread
-        that asks for the next delta. Raises SwarmError.
+        that asks for the next delta. `speculation` is `off` or `ngram`, None what `ClientConfig.speculation` says; the
+        text is the same. Raises SwarmError.
         """
-        return TextStream(self.text_model(), prompt, params, max_length, on_event)
+        return TextStream(self.text_model(), prompt, params, max_length, on_event, speculation)
 
     def _prepare_cache_for_generation(
         self,
@@ -213,8 +217,8 @@ class AutoDistributedModelForCausalLM:
         """Return the model of `source`, a folder, a GGUF file or a hub repository, with its blocks in the swarm.
 
         Only embeddings, final norm and head are loaded here. `initial_peers` joins the swarm there and leaves it with
-        the model's `close`; `swarm` shares a connection. `dtype` (or `torch_dtype`) is that of the ends and of what
-        travels: float32 by default on a CPU, the checkpoint's on a GPU.
+        the model's `close`; `swarm` shares a connection. `dtype` (or `torch_dtype`) is that of the ends, and the
+        widest that travels: float32 by default on a CPU, the checkpoint's on a GPU.
 
         Raises ConfigError, CheckpointError, UnsupportedFamilyError or PeerUnreachableError.
         """
@@ -223,7 +227,7 @@ class AutoDistributedModelForCausalLM:
         )
         place = torch.device(device)
         chosen = choose_dtype(torch_dtype if dtype is None else dtype, checkpoint, place)
-        key = ModelKey(checkpoint.name, checkpoint.revision, checkpoint.num_blocks)
+        key = ModelKey(checkpoint.name, checkpoint.revision, checkpoint.num_blocks, checkpoint.config.model_type)
         is_own = swarm is None
         if swarm is None:
             swarm = Swarm.connect(connection_config(config, initial_peers))

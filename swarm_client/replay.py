@@ -9,7 +9,7 @@ from swarm_protocol.errors import InvalidTensorError, SwarmError
 from swarm_protocol.ids import short_peer
 from swarm_protocol.messages import Onward, WireTensor
 from swarm_protocol.tape import Tape
-from swarm_protocol.tensors import check_finite, from_wire
+from swarm_protocol.tensors import check_wire_finite
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Replay:
         else:
             return False
         try:
-            check_finite(from_wire(states))
+            check_wire_finite(states)
         except InvalidTensorError:
             if not index:
                 raise SourceLostError(error) from error

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
+
 from swarm_client.prefix_hashes import TokenPrefix
 from swarm_client.swarm_session import SwarmSession
+from swarm_protocol.tensors import dtype_name, to_wire
+from swarm_protocol.wire_tensor import WireTensor
 
 T = TypeVar("T")
 
@@ -23,6 +27,10 @@ class RowGroup:
     def position(self, column: int) -> int:
         """The group's position that column `column` of the batch has."""
         return max(0, column - self.padding)
+
+    def as_it_travels(self, hidden_states: torch.Tensor) -> WireTensor:
+        """Return hidden states (batch, seq, hidden) in the dtype that the session's nodes get; it has to be open."""
+        return to_wire(hidden_states, self.session.wire_dtype(dtype_name(hidden_states.dtype)))
 
 
 async def all_of(jobs: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -75,11 +76,16 @@ class SessionRoute:
         self._prompt = PromptPages(tapes.prefixes, ())
         self._has_lost_tape = False
         self._last_states: WireTensor | None = None
+        self._first_hops: Sequence[Hop] = ()
 
     @property
     def hops(self) -> list[Hop]:
         """What the legs are for."""
         return [leg.hop for leg in self.legs]
+
+    def wire_dtype(self, own: str) -> str:
+        """Return the dtype in which states travel that the caller has in `own`: the same until the session ends."""
+        return self._streams.wire_dtype(self._first_hops, own)
 
     @property
     def is_whole(self) -> bool:
@@ -116,7 +122,8 @@ class SessionRoute:
             find = partial(self._streams.find_route, reserved, pages, is_retry=attempt > 1)
             hops = await self._news.until_served(find, patience)
             try:
-                legs, cached = await self._streams.open(hops, reserved, prefix)
+                named = prefix and replace(prefix, dtype=self._streams.wire_dtype(hops, prefix.dtype))
+                legs, cached = await self._streams.open(hops, reserved, named)
             except SwarmError as error:
                 if not is_nodes_fault(error):
                     raise
@@ -129,10 +136,10 @@ class SessionRoute:
                 logger.info("route failed, trying another (%s): %s", attempt, error)
                 continue
             self._watcher.holders.remember(pages, [hop.peer_id for hop in hops])
-            self.legs = legs
+            self.legs, self._first_hops = legs, hops
             self._news.route_changed("opened", (), hops, hops)
             self.on_new(legs)
-            self._prompt = PromptPages(self.tape.budget.prefixes, self._streams.hashes(hops[:1], prefix))
+            self._prompt = PromptPages(self.tape.budget.prefixes, self._streams.hashes(hops[:1], named))
             return self._prompt.begin(self.tape, cached)
         raise AssertionError("unreachable")
 

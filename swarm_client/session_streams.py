@@ -15,6 +15,7 @@ from swarm_client.routing.find_route import Hop, ModelKey, find_route
 from swarm_client.routing.swarm_view import SwarmView
 from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.span_stream import SpanStream
+from swarm_client.wire_choice import choose_wire_dtype
 from swarm_protocol.errors import ProtocolError, SwarmError
 from swarm_protocol.ids import ID_BYTES, PeerId, short_id, short_peer
 from swarm_protocol.records import NodeRecord
@@ -140,6 +141,11 @@ class SessionStreams:
                 self.blame(stream.hop.peer_id, error)
         await asyncio.gather(*(stream.close() for stream in streams))
         raise failures[0][1]
+
+    def wire_dtype(self, hops: Sequence[Hop], own: str) -> str:
+        """Return the dtype in which states go through `hops` that this client has in `own`."""
+        config = self._config
+        return choose_wire_dtype(config.wire_dtype, hops, self._model.family, own, config.slow_bytes_per_s)
 
     def hashes(self, hops: Sequence[Hop], prefix: TokenPrefix | None) -> tuple[bytes, ...]:
         """Return the names of the prefix's pages at the last of these hops, the first of the route."""

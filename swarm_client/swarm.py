@@ -1,35 +1,32 @@
 """A client's connection to a swarm: one event loop, one transport, shared by all models and sessions of a process."""
 
-import asyncio
 import atexit
-import itertools
 import secrets
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from swarm_client.config import ClientConfig
+from swarm_client.generation.speculation import check_speculation
 from swarm_client.loop_thread import LoopThread, join_network
 from swarm_client.model_swarm import ModelSwarm
+from swarm_client.passes import Passes, Visit
 from swarm_client.prefix_hashes import KEY_BYTES
-from swarm_client.routing.costs import RouteWish
-from swarm_client.routing.find_route import Hop, ModelKey, find_throughput_route
+from swarm_client.routing.find_route import ModelKey
 from swarm_client.routing.peer_health import PeerHealth
 from swarm_client.routing.seen import seen_swarm
-from swarm_client.routing.swarm_view import SwarmView
 from swarm_client.routing.watcher import SwarmWatcher
 from swarm_client.swarm_session import SwarmSession
-from swarm_protocol.errors import StepTimeoutError, SwarmError, UnexpectedMessageError, error_from_wire
-from swarm_protocol.ids import PeerId, short_peer
-from swarm_protocol.message_stream import MessageStream
-from swarm_protocol.messages import COMPUTE_PROTOCOL, ErrorReply, Forward, ForwardReply, WireTensor
+from swarm_client.wire_choice import check_choice
+from swarm_protocol.ids import PeerId
+from swarm_protocol.messages import WireTensor
 from swarm_protocol.ping import measure_ping
-from swarm_protocol.spans import Span, describe_blocks, uncovered
+from swarm_protocol.spans import Span, uncovered
 from swarm_protocol.tape import TapeBudget
 from swarm_protocol.transport.base import Transport
 
-_random = secrets.SystemRandom()
+T = TypeVar("T")
 
 _open_swarms: "weakref.WeakSet[Swarm]" = weakref.WeakSet()
 
@@ -39,6 +36,8 @@ class Swarm:
 
     def __init__(self, transport: Transport, loop: LoopThread, config: ClientConfig) -> None:
         """`transport` belongs to the loop of `loop`; both are closed with this. Mostly made by `connect`."""
+        check_choice(config.wire_dtype)
+        check_speculation(config.speculation)
         self.config = config
         self.loop = loop
         self._transport = transport
@@ -46,6 +45,7 @@ class Swarm:
         self._tapes = TapeBudget(config.tape_bytes)
         self._health = PeerHealth(config.avoid_s)
         self._watchers: dict[ModelKey, SwarmWatcher] = {}
+        self._passes: dict[ModelKey, Passes] = {}
         _open_swarms.add(self)
 
     @classmethod
@@ -92,12 +92,20 @@ class Swarm:
         """Dial a peer of the swarm; return the seconds of a round trip. Raises SwarmError if it does not answer."""
         return self.loop.run(measure_ping(self._transport, peer_id))
 
-    def forward(self, model: ModelKey, hidden_states: WireTensor) -> tuple[WireTensor, ...]:
-        """Run `hidden_states` (batch, seq, hidden) through all blocks without a cache; return them after every span.
+    def forward(
+        self, model: ModelKey, pieces: Sequence[WireTensor], *, is_one_route: bool = False
+    ) -> list[list[Visit]]:
+        """Run micro-batches (batch, seq, hidden) through all blocks without a cache; return the visits of each.
 
-        Raises SwarmError.
+        With `is_one_route` all go through the same spans, unless a node fails. Raises SwarmError.
         """
-        return self.loop.run(self._forward(model, hidden_states))
+        return self.loop.run(self._passes_of(model, lambda passes: passes.forward(pieces, is_one_route=is_one_route)))
+
+    def backward(
+        self, model: ModelKey, passed: Sequence[Sequence[Visit]], gradients: Sequence[WireTensor]
+    ) -> list[WireTensor]:
+        """Return the gradients of what `forward` was given, for those of what it gave. Raises SwarmError."""
+        return self.loop.run(self._passes_of(model, lambda passes: passes.backward(passed, gradients)))
 
     def close(self) -> None:
         """Leave the swarm; open sessions end. Idempotent."""
@@ -123,50 +131,17 @@ class Swarm:
         return watcher.avoided, watcher.failing, self._transport.now_s()
 
     async def _close(self) -> None:
+        for passes in self._passes.values():
+            await passes.close()
         for watcher in self._watchers.values():
             await watcher.close()
         await self._transport.close()
 
-    async def _forward(self, model: ModelKey, hidden_states: WireTensor) -> tuple[WireTensor, ...]:
-        watcher = self._watcher(model)
-
-        def find(view: SwarmView) -> list[Hop]:
-            wish = RouteWish(avoided=watcher.avoided, blocked=self.config.blocked_peers)
-            return find_throughput_route(view, model, wish, _random.random)
-
-        for attempt in itertools.count(1):
-            hops = await watcher.find(find, is_retry=attempt > 1)
-            outputs: list[WireTensor] = []
-            try:
-                for hop in hops:
-                    outputs.append(await self._forward_hop(model, hop, outputs[-1] if outputs else hidden_states))
-            except SwarmError as error:
-                if not error.retryable or attempt >= self.config.route_attempts:
-                    raise
-                watcher.failed(hops[len(outputs)].peer_id, error)
-            else:
-                return tuple(outputs)
-        raise AssertionError("unreachable")
-
-    async def _forward_hop(self, model: ModelKey, hop: Hop, hidden_states: WireTensor) -> WireTensor:
-        request = Forward(1, model.name, model.revision, hop.span.start, hop.span.end, hidden_states)
-        try:
-            async with asyncio.timeout(self.config.step_s):
-                stream = MessageStream(await self._transport.dial(hop.peer_id, COMPUTE_PROTOCOL))
-                try:
-                    await stream.send(request)
-                    reply = await stream.receive()
-                finally:
-                    await stream.close()
-        except TimeoutError:
-            raise StepTimeoutError(
-                f"{describe_blocks(hop.span)} at {short_peer(hop.peer_id)} took longer than {self.config.step_s:g} s"
-            ) from None
-        if isinstance(reply, ErrorReply):
-            raise error_from_wire(reply.code, reply.message, reply.retryable)
-        if not isinstance(reply, ForwardReply) or reply.hidden_states.shape != hidden_states.shape:
-            raise UnexpectedMessageError("the node's answer is not what a forward gives")
-        return reply.hidden_states
+    async def _passes_of(self, model: ModelKey, use: Callable[[Passes], Coroutine[Any, Any, T]]) -> T:
+        passes = self._passes.get(model)
+        if passes is None:
+            passes = self._passes[model] = Passes(self._transport, self._watcher(model), self.config, model)
+        return await use(passes)
 
 
 @atexit.register

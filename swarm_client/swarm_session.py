@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from swarm_client.config import ClientConfig
 from swarm_client.handover import Handovers
-from swarm_client.leg import Flight, HopTiming, Leg, StepResult, direct_segments, own_copy
+from swarm_client.leg import Flight, HopTiming, Leg, StepResult, direct_segments
 from swarm_client.pipeline import FIRST_TOKENS, LEAST_TOKENS, Turns, fly_pieces
 from swarm_client.prefix_hashes import TokenPrefix
 from swarm_client.recovery import (
@@ -41,8 +41,9 @@ from swarm_protocol.errors import (
 from swarm_protocol.ids import short_peer
 from swarm_protocol.messages import StepReply, WireTensor
 from swarm_protocol.tape import TapeBudget
-from swarm_protocol.tensors import check_finite, from_wire
+from swarm_protocol.tensors import check_wire_finite
 from swarm_protocol.transport.base import Transport
+from swarm_protocol.wire_tensor import own_copy
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,10 @@ class SwarmSession:
     def route(self) -> Sequence[Hop]:
         """The hops in the order of their blocks; empty until opened."""
         return self._route.hops
+
+    def wire_dtype(self, own: str) -> str:
+        """Return the dtype in which hidden states are to be given to `step` that the caller has in `own`."""
+        return self._route.wire_dtype(own)
 
     @property
     def is_whole(self) -> bool:
@@ -200,7 +205,7 @@ class SwarmSession:
         if not self._flights:
             self.news.advanced()
         self._num_steps += 1
-        states = own_copy(hidden_states)
+        states = own_copy(hidden_states)  # the caller may change its tensor, the tape is to keep what was sent
         self._route.entered(states, position, row_order)
         flight = Flight(self._num_steps, states, position, row_order)
         self._flights.append(flight)
@@ -268,7 +273,7 @@ class SwarmSession:
                     raise NotBroughtError(f"{short_peer(legs[index].peer_id)} does not reach the next node")
         if states.shape != flight.states.shape:
             raise InvalidTensorError(f"the last node answered {states} to {flight.states}")
-        check_finite(from_wire(states))
+        check_wire_finite(states)
         for timing in timings:
             self._watcher.stepped(timing.hop, flight.num_tokens, timing.total_s)
         return StepResult((states,), tuple(timings))
@@ -363,7 +368,7 @@ class SwarmSession:
         output = await leg.stream.output(sent)
         leg.upstream = upstream
         if leg is self._route.legs[-1]:
-            check_finite(from_wire(output))
+            check_wire_finite(output)
         return output, _timing(leg, reply, clock() - started_s)
 
     def _lost_leg(self, error: SwarmError, index: int, states: WireTensor, flight: Flight) -> int:
@@ -383,7 +388,7 @@ def _timing(leg: Leg, reply: StepReply, total_s: float) -> HopTiming:
 
 def _is_finite(states: WireTensor) -> bool:
     try:
-        check_finite(from_wire(states))
+        check_wire_finite(states)
     except InvalidTensorError:
         return False
     return True

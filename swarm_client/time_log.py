@@ -28,7 +28,7 @@ QUEUE, COMPUTE, WIRE, CLIENT, STALL = range(len(SHARES))
 
 
 class _Series:
-    """Times of steps: their sums, and the latest of those that were undisturbed single tokens."""
+    """Times of steps: their sums, and the latest of those that were one token's, undisturbed."""
 
     def __init__(self) -> None:
         self.num_steps = 0
@@ -41,8 +41,8 @@ class _Series:
         if is_token:
             self.tokens.append(parts)
 
-    def medians(self) -> TimeShares:
-        return TimeShares(*(statistics.median(part) for part in zip(*self.tokens, strict=True)))
+    def medians(self, tokens_per_step: float) -> TimeShares:
+        return TimeShares(*(statistics.median(part) / tokens_per_step for part in zip(*self.tokens, strict=True)))
 
 
 class TimeLog:
@@ -57,7 +57,9 @@ class TimeLog:
         self._hops: dict[tuple[PeerId, Span], _Series] = {}
         self._first: list[float] | None = None
         self._last: list[float] | None = None  # the step whose token is being made
-        self._is_last_a_token = False
+        self.is_last_a_token = False
+        """Whether the last step was one token's, undisturbed; what was guessed behind it does not count."""
+        self._drafted = self._num_drafted = self._num_accepted = 0  # of the next step; of all
         self._ahead = [0.0] * len(SHARES)  # spent for the step that is to come
         self._until_s: float | None = None  # up to when all is accounted for
         self._num_recoveries = self._recomputed_tokens = 0
@@ -95,6 +97,15 @@ class TimeLog:
         self._ahead[WIRE] += ended_s - started_s - stall_s
         self._until_s = ended_s
 
+    def drafts(self, num_tokens: int) -> None:
+        """The next step carries so many guessed tokens besides its own."""
+        self._drafted = num_tokens
+        self._num_drafted += num_tokens
+
+    def accepted(self, num_tokens: int) -> None:
+        """So many of the guessed tokens were right."""
+        self._num_accepted += num_tokens
+
     def stepped(
         self, started_s: float, ended_s: float, num_tokens: int, hops: "Sequence[HopTiming]", stalled_s: float = 0.0
     ) -> None:
@@ -107,13 +118,14 @@ class TimeLog:
         wall_s = ended_s - started_s
         stall_s = min(wall_s, stalled_s)
         hops_s = sum(hop.total_s for hop in hops)
-        self._is_last_a_token = num_tokens == 1 and stall_s + parts[STALL] == 0 and self._steps.num_steps > 0
+        is_single = num_tokens == 1 + self._drafted
+        self.is_last_a_token = is_single and stall_s + parts[STALL] == 0 and self._steps.num_steps > 0
         # Where several hops worked at once a second there counts less.
         scale = 1.0 if hops_s <= wall_s - stall_s else (wall_s - stall_s) / hops_s
         for hop in hops:
             at_hop = _hop_parts(hop, scale)
             key = (hop.hop.peer_id, hop.hop.span)
-            self._hops.setdefault(key, _Series()).add(at_hop, is_token=self._is_last_a_token)
+            self._hops.setdefault(key, _Series()).add(at_hop, is_token=self.is_last_a_token)
             _add(parts, at_hop)
         parts[STALL] += stall_s
         parts[CLIENT] += max(0.0, wall_s - stall_s - hops_s * scale)
@@ -133,18 +145,23 @@ class TimeLog:
     def report(self) -> GenerationTimes:
         """Return where the time went until now."""
         self._close()
+        # A step behind the first brings so many tokens.
+        later_steps = self._steps.num_steps - 1
+        per_step = 1 + self._num_accepted / later_steps if later_steps > 0 else 1.0
         hops = tuple(
-            HopTimes(span, peer_id, series.num_steps, TimeShares(*series.sums), series.medians())
+            HopTimes(span, peer_id, series.num_steps, TimeShares(*series.sums), series.medians(per_step))
             for (peer_id, span), series in sorted(self._hops.items(), key=lambda item: item[0][1])
         )
         return GenerationTimes(
-            self._steps.num_steps,
+            self._steps.num_steps + self._num_accepted,
             TimeShares(*self._steps.sums),
             TimeShares(*(self._first or ())),
-            self._steps.medians(),
+            self._steps.medians(per_step),
             hops,
             self._num_recoveries,
             self._recomputed_tokens,
+            self._num_drafted,
+            self._num_accepted,
         )
 
     def _catch_up(self, now_s: float) -> None:
@@ -159,7 +176,7 @@ class TimeLog:
         if last is None:
             return
         self._first = self._first or last
-        self._steps.add(last, is_token=self._is_last_a_token)
+        self._steps.add(last, is_token=self.is_last_a_token)
 
 
 def _hop_parts(timing: "HopTiming", scale: float) -> list[float]:

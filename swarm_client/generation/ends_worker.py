@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from swarm_client.generation.ends_batches import EndsBatches, Row
 from swarm_client.generation.sampling import TokenChooser, choose_together, token_logprobs
+from swarm_client.generation.speculation import num_accepted
 from swarm_client.generation.text_session import TokenLogprobs
 from swarm_protocol.errors import SessionClosedError, SwarmError
 from swarm_protocol.model.parts import EndsModule
@@ -29,7 +31,8 @@ class EndsRow:
     """What a session needs a token for.
 
     `hidden_states` (1, 1, hidden) left the last block at the end of `token_ids`, which must not change meanwhile.
-    `is_last` says that the token will not be put through the blocks, so that it need not be embedded.
+    With a draft of n tokens they are (1, 1 + n, hidden). `is_last` says that the token will not be put through the
+    blocks, so that it need not be embedded.
     """
 
     ends: EndsModule
@@ -37,18 +40,20 @@ class EndsRow:
     hidden_states: torch.Tensor
     token_ids: Sequence[int]
     is_last: bool = False
+    draft: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ChosenToken:
     """The token, and its states (1, 1, hidden) as they enter the first block; None where they were not made.
 
-    `logprobs` where the row's chooser wants them.
+    `logprobs` where the row's chooser wants them. `before` are those of the draft that were right; they come first.
     """
 
     token_id: int
     embedded: torch.Tensor | None
     logprobs: TokenLogprobs | None = None
+    before: tuple["ChosenToken", ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,21 +171,31 @@ def run_rows(rows: Sequence[EndsRow]) -> Sequence[ChosenToken | Exception]:
 @torch.inference_mode()
 def _run_together(rows: Sequence[EndsRow]) -> list[ChosenToken | Exception]:
     ends = rows[0].ends
-    states = rows[0].hidden_states if len(rows) == 1 else torch.cat([row.hidden_states for row in rows])
-    logits = ends.logits(states)[:, -1]
-    token_ids = choose_together(logits, [row.chooser for row in rows], [row.token_ids for row in rows])
+    columns = [row.hidden_states.transpose(0, 1) for row in rows]  # each column is a row of the head
+    logits = ends.logits(columns[0] if len(columns) == 1 else torch.cat(columns))[:, -1]
+    choosers = [row.chooser for row in rows for _ in range(1 + len(row.draft))]
+    contexts = [[*row.token_ids, *row.draft[:end]] for row in rows for end in range(1 + len(row.draft))]
+    chosen = choose_together(logits, choosers, contexts)
+    starts = list(accumulate((1 + len(row.draft) for row in rows), initial=0))
+    counts = [num_accepted(row.draft, chosen[start:]) for row, start in zip(rows, starts, strict=False)]
+    lasts = [start + count for start, count in zip(starts, counts, strict=False)]
     embedded: dict[int, torch.Tensor] = {}
-    going_on = [index for index, row in enumerate(rows) if not row.is_last]
+    going_on = [last for row, last in zip(rows, lasts, strict=True) if not row.is_last]
     if going_on:
-        device = states.device
-        ids = torch.tensor([[token_ids[index]] for index in going_on], device=device)
-        positions = torch.tensor([[len(rows[index].token_ids)] for index in going_on], device=device)
+        device = logits.device
+        ids = torch.tensor([[chosen[last]] for last in going_on], device=device)
+        positions = torch.tensor([[len(contexts[last])] for last in going_on], device=device)
         # Where it cannot be done, the session is told so when it tries by itself.
         with suppress(SwarmError):
             embedded = dict(zip(going_on, ends.embed(ids, positions)[:, None], strict=True))
+
+    def token(index: int, before: tuple[ChosenToken, ...] = ()) -> ChosenToken:
+        logprobs = _logprobs(choosers[index], logits[index], chosen[index])
+        return ChosenToken(chosen[index], embedded.get(index), logprobs, before)
+
     return [
-        ChosenToken(token_id, embedded.get(index), _logprobs(row.chooser, logits[index], token_id))
-        for index, (row, token_id) in enumerate(zip(rows, token_ids, strict=True))
+        token(last, tuple(token(index) for index in range(start, last)))
+        for start, last in zip(starts, lasts, strict=False)
     ]
 
 

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
@@ -16,6 +17,7 @@ from swarm_client.generation.embedder import DistributedEmbedder
 from swarm_client.generation.ends_worker import ENDS_WORKER, ChosenToken, EndsRow
 from swarm_client.generation.prompt_format import chat_stop, chat_token_ids, common_prefix, continued_ids
 from swarm_client.generation.sampling import TokenChooser
+from swarm_client.generation.speculation import Speculation, Speculator, StepCost, check_speculation
 from swarm_client.generation.stream import NextToken, stream_text
 from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta
 from swarm_client.generation.token_bytes import token_bytes
@@ -86,18 +88,19 @@ class DistributedTextModel:
         """Return what turns tokens into vectors; each `embed` has sessions of its own."""
         return DistributedEmbedder(self._ends, self._blocks.session, self.max_length)
 
-    def open_session(self, max_length: int, *, standby: bool | None = None) -> "DistributedTextSession":
+    def open_session(
+        self, max_length: int, *, standby: bool | None = None, speculation: str | None = None
+    ) -> "DistributedTextSession":
         """Return an empty session for up to `max_length` tokens; the caches are reserved when it first generates.
 
-        With `standby` a second node follows along at each hop; None is what `ClientConfig.standby` says.
-
-        Raises MaxLengthError if the model cannot hold so many.
+        With `standby` a second node follows along at each hop, `speculation` guesses tokens ahead; None is what
+        `ClientConfig` says. Raises MaxLengthError if the model cannot hold so many, ConfigError.
         """
         if not 1 <= max_length <= self.max_length:
             raise MaxLengthError(0, max_length, self.max_length)
-        return DistributedTextSession(
-            self, self._ends, self._blocks.session(max_length, standby=standby), self._end_tokens
-        )
+        chosen = check_speculation(self._blocks.swarm.config.speculation if speculation is None else speculation)
+        session = self._blocks.session(max_length, standby=standby)
+        return DistributedTextSession(self, self._ends, session, self._end_tokens, chosen)
 
     def missing_blocks(self) -> Sequence[str]:
         """Return the runs of blocks that no node serves now, as people read them."""
@@ -117,7 +120,12 @@ class DistributedTextSession:
     """Fulfils `TextSession`. `token_ids[:position]` is cached at the nodes; at least the last one never needs to be."""
 
     def __init__(
-        self, model: DistributedTextModel, ends: EndsModule, session: InferenceSession, end_tokens: frozenset[int]
+        self,
+        model: DistributedTextModel,
+        ends: EndsModule,
+        session: InferenceSession,
+        end_tokens: frozenset[int],
+        speculation: Speculation = "off",
     ) -> None:
         self._model = model
         self._ends = ends
@@ -130,6 +138,11 @@ class DistributedTextSession:
         self._cached_tokens: int | None = None  # at the first step of a generation; None before it
         # The last token, where it is and its states, if the worker made them.
         self._embedded: tuple[int, int, torch.Tensor | None] = (0, 0, None)
+        self._speculation = speculation
+        self._speculator: Speculator | None = None
+        # Tokens of the last step that were not asked for yet; the nodes have cached all but the last one.
+        self._coming: deque[NextToken] = deque()
+        self._end = 0  # where the running generation ends at the latest
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -154,6 +167,7 @@ class DistributedTextSession:
         )
         if len(self._token_ids) + len(ids) > self.max_length:
             raise MaxLengthError(len(self._token_ids), len(ids), self.max_length)
+        self._forget_coming()
         self._turn_stop = ()
         self._token_ids += ids
         return len(ids)
@@ -165,6 +179,7 @@ class DistributedTextSession:
             ids = continued_ids(self._token_ids, ids, self._model.encode, self._decode_all)
         if len(ids) >= self.max_length:
             raise MaxLengthError(len(ids), 1, self.max_length)
+        self._forget_coming()
         kept = min(common_prefix(self._token_ids, ids), len(ids) - 1, self._session.position)
         self._session.position = kept
         self._token_ids = ids
@@ -186,6 +201,7 @@ class DistributedTextSession:
         kept = max(0, len(self._token_ids) - num_tokens)
         if kept + len(token_ids) > self.max_length:
             raise MaxLengthError(kept, len(token_ids), self.max_length)
+        self._coming.clear()
         self._session.position = min(self._session.position, kept)
         self._token_ids = self._token_ids[:kept] + list(token_ids)
 
@@ -206,6 +222,9 @@ class DistributedTextSession:
         if len(self._token_ids) + params.max_new_tokens > self.max_length:
             raise MaxLengthError(len(self._token_ids), params.max_new_tokens, self.max_length)
         chooser = TokenChooser(params)
+        self._forget_coming()
+        self._end = len(self._token_ids) + params.max_new_tokens
+        self._speculator = None if self._speculation == "off" else Speculator()
         self._cancelled.clear()
         self._cached_tokens = None
         self._session.recover()
@@ -235,52 +254,89 @@ class DistributedTextSession:
         if choosing is not None:
             choosing.cancel()
 
-    @torch.inference_mode()
+    def _forget_coming(self) -> None:
+        """Forget what was computed beyond the tokens that were asked for."""
+        self._coming.clear()
+        self._session.position = min(self._session.position, len(self._token_ids))
+
     def _next_token(self, chooser: TokenChooser) -> NextToken:
+        if not self._coming:
+            self._take_step(chooser)
+        elif self._cancelled.is_set():
+            raise CancelledStepError("generation was cancelled")
+        token = self._coming.popleft()
+        self._token_ids.append(token.token_id)
+        return token
+
+    @torch.inference_mode()
+    def _take_step(self, chooser: TokenChooser) -> None:
+        """Compute the next token, and as many behind it as were guessed."""
+        started_s, log = time.perf_counter(), self._session.time_log
         # From before the look at the flag, so that no cancel falls in between.
-        with self._session.cancellable(), self._session.time_log.token(time.perf_counter):
+        with self._session.cancellable(), log.token(time.perf_counter):
             if self._cancelled.is_set():
                 raise CancelledStepError("generation was cancelled")
-            chosen = self._choose(chooser, self._step_somewhere()[:, -1:])
-        self._embedded = (len(self._token_ids), chosen.token_id, chosen.embedded)
-        self._token_ids.append(chosen.token_id)
-        return NextToken(chosen.token_id, chosen.logprobs)
+            draft = self._draft()
+            log.drafts(len(draft))
+            states = self._step_somewhere(draft)[:, -1 - len(draft) :]
+            chosen = self._choose(chooser, states, draft)
+            tokens = (*chosen.before, chosen)
+            # What was wrong goes from the caches with the next step.
+            self._session.position = len(self._token_ids) + len(chosen.before)
+            log.accepted(len(chosen.before))
+        if self._speculator is not None:
+            cost = self._cost(time.perf_counter() - started_s) if log.is_last_a_token else None
+            self._speculator.came(draft, [token.token_id for token in tokens], cost)
+        self._embedded = (len(self._token_ids) + len(chosen.before), chosen.token_id, chosen.embedded)
+        self._coming.extend(NextToken(token.token_id, token.logprobs) for token in tokens)
 
-    def _step_somewhere(self) -> torch.Tensor:
+    def _draft(self) -> tuple[int, ...]:
+        """Return the tokens that are guessed to come; a step may not bring more than are wanted."""
+        if self._speculator is None:
+            return ()
+        return self._speculator.draft(self._token_ids, self._end - len(self._token_ids) - 1)
+
+    def _cost(self, seconds: float) -> StepCost:
+        timings = self._session.last_timings
+        queue_s, compute_s = max(((timing.queue_s, timing.compute_s) for timing in timings), default=(0.0, 0.0))
+        return StepCost(seconds, queue_s, compute_s)
+
+    def _step_somewhere(self, draft: tuple[int, ...]) -> torch.Tensor:
         """Take a step; where nobody can go on with what is cached, with all tokens on a new route."""
         began_s = time.perf_counter()
         try:
-            return self._step()
+            return self._step(draft)
         except SwarmError as error:
             if not error.retryable or self._session.is_taped:
                 raise
             logger.info("computing %d tokens again: %s", len(self._token_ids), error)
             self._session.recover()
-        output = self._step()
+        output = self._step(draft)
         self._session.went_on(began_s, len(self._token_ids))
         return output
 
-    def _step(self) -> torch.Tensor:
-        """Return the states of the tokens that are not cached yet, after the last block."""
+    def _step(self, draft: tuple[int, ...]) -> torch.Tensor:
+        """Return the states of the tokens that are not cached yet, and of the draft, after the last block."""
         if self._session.batch_size is None:
             self._session.start_with(self._token_ids[:-1], self._ends.dtype)
         self._session.position = min(self._session.position, len(self._token_ids) - 1)
         if self._cached_tokens is None:
             self._cached_tokens = self._session.position
-        return self._session.step(self._embed_rest())
+        return self._session.step(self._embed_rest(draft))
 
-    def _embed_rest(self) -> torch.Tensor:
-        """Return the states (1, n, hidden) of the tokens that are not cached."""
+    def _embed_rest(self, draft: tuple[int, ...]) -> torch.Tensor:
+        """Return the states (1, n, hidden) of the tokens that are not cached, and of the draft."""
         position = self._session.position
-        rest = self._token_ids[position:]
+        rest = [*self._token_ids[position:], *draft]
         at, token_id, states = self._embedded
         if states is not None and (position, rest) == (at, [token_id]):
             return states
         return self._ends.embed(torch.tensor([rest]), position)
 
-    def _choose(self, chooser: TokenChooser, states: torch.Tensor) -> ChosenToken:
-        is_last = len(self._token_ids) + 1 >= self.max_length
-        self._choosing = choosing = ENDS_WORKER.submit(EndsRow(self._ends, chooser, states, self._token_ids, is_last))
+    def _choose(self, chooser: TokenChooser, states: torch.Tensor, draft: tuple[int, ...]) -> ChosenToken:
+        is_last = len(self._token_ids) + len(draft) + 1 >= self.max_length
+        row = EndsRow(self._ends, chooser, states, self._token_ids, is_last, draft)
+        self._choosing = choosing = ENDS_WORKER.submit(row)
         try:
             if self._cancelled.is_set():
                 choosing.cancel()

@@ -19,8 +19,10 @@ class TextStream(Iterator[TextDelta]):
         params: SamplingParams,
         max_length: int | None,
         on_event: EventListener | None,
+        speculation: str | None = None,
     ) -> None:
         self._model = model
+        self._speculation = speculation
         self._session: DistributedTextSession | None = None
         self._deltas = self._generate(prompt, params, max_length, on_event)
 
@@ -51,7 +53,7 @@ class TextStream(Iterator[TextDelta]):
             ids = model.encode(prompt) if isinstance(prompt, str) else model.chat_token_ids(prompt)
             # Two more for special tokens at both ends.
             max_length = min(model.max_length, len(ids) + 2 + params.max_new_tokens)
-        self._session = session = model.open_session(max_length)
+        self._session = session = model.open_session(max_length, speculation=self._speculation)
         try:
             if isinstance(prompt, str):
                 session.append_text(prompt)

@@ -1,7 +1,7 @@
 """Pure: choose the nodes that a session, or a forward pass without one, goes through."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -22,20 +22,23 @@ _NO_LINKS: Links = (np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.intp), np.z
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """The blocks that a route runs at one peer; they may be fewer than the peer serves. `numerics` as in its record."""
+    """The blocks that a route runs at one peer; they may be fewer than it serves. What follows is from its record."""
 
     peer_id: PeerId
     span: Span
     numerics: str = ""
+    dtype: str = field(default="", compare=False)
+    uplink_bytes_per_s: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelKey:
-    """Which model a route is for: the name in records, the revision of the weights, and the number of blocks."""
+    """Which model a route is for: name and revision in records, the number of blocks, and transformers' model type."""
 
     name: str
     revision: str
     num_blocks: int
+    family: str = ""
 
 
 def find_route(view: SwarmView, model: ModelKey, wish: RouteWish, choose: Callable[[Sequence[int]], int]) -> list[Hop]:
@@ -170,6 +173,12 @@ def _links(view: SwarmView, numbers: Sequence[int], costs: CostModel, one_way_s:
 
 def _hops(records: Sequence[NodeRecord], path: Sequence[Stretch], first_block: int) -> list[Hop]:
     return [
-        Hop(PeerId(records[node].peer_id), Span(first_block + start, first_block + end), records[node].numerics)
-        for node, start, end in path
+        Hop(
+            PeerId(record.peer_id),
+            Span(first_block + start, first_block + end),
+            record.numerics,
+            record.dtype,
+            record.uplink_bytes_per_s,
+        )
+        for record, start, end in ((records[node], start, end) for node, start, end in path)
     ]

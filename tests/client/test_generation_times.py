@@ -45,6 +45,22 @@ def test_a_token_is_its_hops_and_the_client_before_and_behind_them() -> None:
     ]
 
 
+def test_guesses_that_were_right_share_the_time_of_their_step() -> None:
+    log = TimeLog()
+    log.stepped(0.0, 1.0, 7, [timing(FIRST, 0.5)])
+    for start_s, drafted, accepted in ((1.0, 3, 3), (2.0, 2, 0), (3.0, 0, 0)):
+        log.drafts(drafted)
+        log.stepped(start_s, start_s + 1.0, 1 + drafted, [timing(FIRST, 0.5)])
+        assert log.is_last_a_token
+        log.accepted(accepted)
+    found = log.report()
+    assert (found.num_tokens, found.drafted_tokens, found.accepted_tokens) == (7, 5, 3)
+    assert found.per_token.wire_s == pytest.approx(0.25)
+    assert found.hops[0].per_token.wire_s == pytest.approx(0.25)
+    assert "3 of 5 guessed tokens were right" in found.as_table()
+    assert found.as_json()["accepted_tokens"] == 3
+
+
 def test_a_session_without_resume_counts_from_its_first_step_on() -> None:
     log = TimeLog()
     for start_s in (0.0, 2.0, 4.0):

@@ -24,6 +24,7 @@ from swarm_protocol.errors import (
     SessionClosedError,
     SwarmError,
 )
+from swarm_protocol.tensors import check_wire_finite, to_wire
 from tests.client.test_model import Pair, close, ids, padded
 from tests.local_swarm import CLIENT_CONFIG
 from tests.tiny_models import tiny_model
@@ -228,7 +229,11 @@ def test_an_input_in_pieces_that_failed_leaves_the_position(llama: Pair) -> None
 def test_values_that_are_not_finite_are_not_taken_for_an_output(llama: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     with llama.remote.inference_session(max_length=20) as session:
         with monkeypatch.context() as patch:
-            patch.setattr("swarm_client.swarm_session.from_wire", lambda output: torch.full(output.shape, torch.nan))
+            # The bits of an infinite number, whatever came.
+            patch.setattr(
+                "swarm_client.swarm_session.check_wire_finite",
+                lambda output: check_wire_finite(to_wire(torch.full(output.shape, torch.inf))),
+            )
             with pytest.raises(ProtocolError, match="finite"):
                 llama.remote.generate(ids(), max_new_tokens=2)
         assert session.position == 0

@@ -1,0 +1,196 @@
+"""Pure: what is guessed of a text before it is computed, and when guessing pays.
+
+A draft is some tokens that may come next. They go round the ring behind the last token, in the same step; the head
+then chooses a token at each of them, with the random number of that place, and those of the draft that are the ones
+chosen stay. So the text is the one that there would be without drafts, and a step brings one token or more.
+
+Rules:
+
+    - The draft is what followed the last `MATCH_MOST` to `MATCH_LEAST` tokens where they stood before, the latest time:
+      prompt lookup, as in transformers' `generate`.
+    - Every draft is compared with what came, sent or not. So it costs nothing to see that drafts begin to be right.
+    - A draft is sent only as long as the tokens per second that are to be expected are highest with it, and only if
+      they are `GAIN_LEAST` times those without: never where drafts are mostly wrong or a column takes long.
+    - Nothing is sent while steps wait for a node's device for `QUEUE_MOST` of what its blocks take: others use it then,
+      and more columns would only delay them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from swarm_protocol.errors import ConfigError
+
+Speculation = Literal["off", "ngram"]
+"""What guesses tokens ahead: nothing, or prompt lookup."""
+
+MATCH_LEAST, MATCH_MOST = 2, 4
+"""Tokens that must have stood before for a draft to be made. One is mere chance: common words follow anything."""
+
+DRAFT_MOST = 15
+"""With the last token it makes 16 columns. Not tuned yet."""
+
+FIRST_LENGTH = 2
+"""After a step without a draft. Each next one may be twice as long: a costly column shows with few of them."""
+
+GAIN_LEAST = 1.1
+"""Estimates are rough, and a draft that gains nothing still costs bytes and the nodes' time."""
+
+MEMORY = 0.9
+"""What a draft weighs after the next one: about ten of them decide, as text changes between prose and quotes."""
+
+FIRST_RIGHT, FIRST_WRONG = 1.0, 2.0
+"""What is believed of drafts before the first one: that one token of three is right."""
+
+COLUMN_SHARE = 0.1
+"""What another column is believed to take of a step of one, before a step with a draft was seen."""
+
+FADE = 0.005
+"""By how much a measured cost of a column goes back towards that with each step without a draft, so that one step which
+something held up does not end speculation for good."""
+
+QUEUE_MOST = 0.5
+"""A step that comes at any time waits for half of the batch that runs. So long a wait on average means that one always
+runs. Nodes do not say how many sessions they have."""
+
+QUEUE_MEMORY = 0.8
+"""Of that average, with each step."""
+
+
+def check_speculation(wanted: str) -> Speculation:
+    """Return `wanted`. Raises ConfigError if it is none of the choices."""
+    for known in get_args(Speculation):
+        if wanted == known:
+            return wanted  # type: ignore[return-value]
+    raise ConfigError(f"speculation {wanted!r} is not known; use {' or '.join(get_args(Speculation))}")
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """What a token's step took: `seconds` in all, and `queue_s` and `compute_s` at the node with the longest queue."""
+
+    seconds: float
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+
+
+class PromptLookup:
+    """Finds what followed the same tokens before, in a list that grows at its end."""
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        # Behind which tokens stands what, the latest time.
+        self._after: dict[tuple[int, ...], int] = {}
+
+    def draft(self, token_ids: Sequence[int], most: int) -> tuple[int, ...]:
+        """Return up to `most` tokens that may come behind `token_ids`; none if its end has not been there before."""
+        self._follow(token_ids)
+        for length in range(min(MATCH_MOST, len(token_ids)), MATCH_LEAST - 1, -1):
+            start = self._after.get(tuple(token_ids[-length:]))
+            if start is not None:
+                return self._going_on(start, most)
+        return ()
+
+    def _follow(self, token_ids: Sequence[int]) -> None:
+        """Know all of `token_ids` but its end."""
+        known = len(self._ids)
+        if known > len(token_ids) or self._ids != list(token_ids[:known]):
+            self._ids, self._after, known = [], {}, 0
+        for end in range(max(1, known), len(token_ids)):
+            for length in range(MATCH_LEAST, min(MATCH_MOST, end) + 1):
+                self._after[tuple(token_ids[end - length : end])] = end
+        self._ids += token_ids[known:]
+
+    def _going_on(self, start: int, most: int) -> tuple[int, ...]:
+        """Return what stands from `start` on, and goes on from its own beginning where a text repeats itself."""
+        found = self._ids[start : start + most]
+        period = len(self._ids) - start
+        while len(found) < most:
+            found.append(found[len(found) - period])
+        return tuple(found)
+
+
+class DraftLength:
+    """How much of a draft is to be sent: learns from what came of drafts and what steps took."""
+
+    def __init__(self) -> None:
+        self._right, self._wrong = FIRST_RIGHT, FIRST_WRONG
+        self._single_s: float | None = None
+        self._column_share = COLUMN_SHARE
+        self._queue_share = 0.0
+        self._longest = FIRST_LENGTH
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafted tokens, up to the first wrong one, that is expected to be right."""
+        return self._right / (self._right + self._wrong)
+
+    def choose(self, most: int) -> int:
+        """Return how many tokens of a draft of `most` to send; 0 to send none."""
+        if self._queue_share >= QUEUE_MOST or most < 1 or self._single_s is None:
+            return 0
+        gains = [self._gain(length) for length in range(min(most, self._longest) + 1)]
+        best = max(range(len(gains)), key=gains.__getitem__)
+        return best if gains[best] >= GAIN_LEAST else 0
+
+    def compared(self, num_right: int, is_wrong: bool) -> None:
+        """Learn of a draft of which `num_right` tokens came, and whether another came in the place of the next."""
+        self._right = self._right * MEMORY + num_right
+        self._wrong = self._wrong * MEMORY + is_wrong
+
+    def stepped(self, num_drafted: int, cost: StepCost) -> None:
+        """Learn what a step with so many drafted tokens took. Steps that something disturbed are not told."""
+        share = cost.queue_s / cost.compute_s if cost.compute_s > 0 else 0.0
+        self._queue_share = QUEUE_MEMORY * self._queue_share + (1 - QUEUE_MEMORY) * min(share, 10 * QUEUE_MOST)
+        self._longest = min(DRAFT_MOST, max(FIRST_LENGTH, 2 * num_drafted))
+        if not num_drafted:
+            # Falls at once and rises slowly: a step is now and then held up, and none is faster than it can be.
+            known = cost.seconds if self._single_s is None else self._single_s
+            self._single_s = min(cost.seconds, known + 0.1 * (cost.seconds - known))
+            self._column_share += FADE * (COLUMN_SHARE - self._column_share)
+        elif self._single_s:
+            found = max(0.0, cost.seconds / self._single_s - 1.0) / num_drafted
+            self._column_share += 0.5 * (found - self._column_share)
+
+    def _gain(self, length: int) -> float:
+        """Return the expected tokens of a step with a draft of `length`, over its time in steps without one."""
+        right = min(self.acceptance, 0.999)
+        return (1 - right ** (length + 1)) / (1 - right) / (1 + self._column_share * length)
+
+
+def num_accepted(draft: Sequence[int], chosen: Sequence[int]) -> int:
+    """Return how many tokens of `draft` are those that were `chosen` in their places, up to the first that is not."""
+    for index, (guessed, token_id) in enumerate(zip(draft, chosen, strict=False)):
+        if guessed != token_id:
+            return index
+    return min(len(draft), len(chosen))
+
+
+class Speculator:
+    """What one generation guesses: makes drafts, and learns what came of them."""
+
+    def __init__(self) -> None:
+        self._lookup = PromptLookup()
+        self._length = DraftLength()
+        self._unsent: tuple[int, ...] = ()
+
+    def draft(self, token_ids: Sequence[int], most: int) -> tuple[int, ...]:
+        """Return what to send behind the end of `token_ids`, at most so many; mostly nothing."""
+        found = self._lookup.draft(token_ids, max(0, min(most, DRAFT_MOST)))
+        length = self._length.choose(len(found))
+        self._unsent = () if length else found
+        return found[:length]
+
+    def came(self, draft: Sequence[int], chosen: Sequence[int], cost: StepCost | None) -> None:
+        """Learn what was `chosen` in a step with `draft`: the accepted tokens and one more.
+
+        `cost` is None if something disturbed the step.
+        """
+        if draft:
+            right = num_accepted(draft, chosen)
+            self._length.compared(right, right < len(draft))
+        elif self._unsent:
+            is_right = self._unsent[0] == chosen[0]
+            self._length.compared(int(is_right), not is_right)
+        if cost is not None:
+            self._length.stepped(len(draft), cost)
