@@ -1,20 +1,30 @@
 """gunicorn's settings for the site, from the environment: `gunicorn -c gunicorn.conf.py`."""
 
-import logging
 import os
 import sys
+from typing import Any
 
 from app.config import environment_config
+from app.database import site_database
+from app.logs import configure_logs
+from app.moderation import check_hook
 from app.server import gunicorn_settings
 from swarm_protocol.errors import ConfigError
 
-logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
-# Its lines show links to a hub's storage, which open it for whoever has them.
-logging.getLogger("httpx2").setLevel(logging.WARNING)
 
-os.environ.setdefault("UMBEL_HOST", "0.0.0.0")  # noqa: S104  a host's router reaches it from outside
-_config = environment_config()
-if not _config.models:
-    raise ConfigError("no model to serve: set UMBEL_MODELS")
+def _settings() -> dict[str, Any]:
+    os.environ.setdefault("UMBEL_HOST", "0.0.0.0")  # noqa: S104  a host's router reaches it from outside
+    config = environment_config()
+    configure_logs(config.operation)
+    if not config.models:
+        raise ConfigError("no model to serve: set UMBEL_MODELS")
+    site_database(config.database_url).check()
+    check_hook(config.operation)
+    return gunicorn_settings(config)
 
-globals().update(gunicorn_settings(_config))
+
+try:
+    globals().update(_settings())
+except ConfigError as error:  # gunicorn would show a stack
+    sys.stderr.write(f"umbel-chat: {error}\n")
+    sys.exit(2)

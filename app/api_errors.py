@@ -4,25 +4,24 @@ Each request has an id, in a header of its answer and in the log with whatever g
 """
 
 import logging
-import secrets
 
-from flask import Flask, Response, g, jsonify, request
+from flask import Flask, Response, current_app, has_app_context, jsonify, request
 from werkzeug.exceptions import HTTPException
 
+from app import request_ids
 from app.chat_protocol import error_object, legacy_error
 from app.errors import ErrorReport, http_status, report_error
 from app.openai_errors import is_openai, openai_error, openai_error_headers, param_of
 from app.security import is_api
+from app.site import EXTENSION, Site
 from swarm_protocol.errors import SwarmError
 
 logger = logging.getLogger(__name__)
 
 
 def current_request_id() -> str:
-    """Return the id of the request that this thread answers; made at the first call."""
-    if "request_id" not in g:
-        g.request_id = secrets.token_hex(8)
-    return str(g.request_id)
+    """Return the id of the request that this thread answers."""
+    return request_ids.current_id() or ""
 
 
 def make_report(error: BaseException, path: str | None = None, request_id: str | None = None) -> ErrorReport:
@@ -33,8 +32,12 @@ def make_report(error: BaseException, path: str | None = None, request_id: str |
     request_id = current_request_id() if request_id is None else request_id
     if not isinstance(error, SwarmError):
         where = request.path if path is None else path
-        logger.error("bug request_id=%s path=%s", request_id, where, exc_info=error)
-    return report_error(error, request_id)
+        logger.error("bug path=%s", where, exc_info=error)
+    report = report_error(error, request_id)
+    if has_app_context():
+        site: Site = current_app.extensions[EXTENSION]
+        site.metrics.error(report.code)
+    return report
 
 
 def openai_response(error: BaseException) -> Response:
@@ -53,7 +56,7 @@ def error_response(error: BaseException, status: int | None = None) -> Response:
     response.status_code = http_status(report) if status is None else status
     response.headers["X-Error-Code"] = report.code
     if report.retryable:
-        response.headers["Retry-After"] = "30"
+        response.headers["Retry-After"] = "30" if report.retry_after_s is None else str(report.retry_after_s)
     return response
 
 
@@ -89,10 +92,4 @@ def register(app: Flask) -> None:
         else:
             response = Response(f"{report.message}\n", mimetype="text/plain")
         response.status_code = http_status(report)
-        return response
-
-    @app.after_request
-    def add_request_id(response: Response) -> Response:
-        if is_api(request.path):
-            response.headers["X-Request-ID"] = current_request_id()
         return response

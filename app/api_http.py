@@ -1,13 +1,17 @@
 """`POST /api/v1/generate`, the predecessor's one-shot API, and the probes."""
 
+from functools import partial
 from typing import Any
 
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
+from app.answering import AnswerFacts, answering
 from app.api_errors import error_response
+from app.caller import caller_of
 from app.chat_protocol import LegacyReply
 from app.errors import OriginError, SiteDrainingError
+from app.health import live_reply, ready_reply
 from app.http_generation import Generation
 from app.http_peer import HttpPeer, PeerGoneError
 from app.json_body import json_body
@@ -32,7 +36,7 @@ def register(app: Flask, site: Site) -> None:
     def generate() -> Response:
         try:
             security = site.config.security
-            if not (security.public_api or request_is_own(request, security)):
+            if not (security.public_api or request_is_own(request, security) or caller_of(request.environ).api_key):
                 raise OriginError("the API")
             answer = _generate(site, _arguments())
         except PeerGoneError:
@@ -43,19 +47,24 @@ def register(app: Flask, site: Site) -> None:
             return _told(error, None)
         return jsonify(ok=True, **answer)
 
+    @app.get("/health/live", endpoint="health_live")
     @app.get("/healthz")
     def healthz() -> Response:
-        return jsonify(status="ok", websockets=site.sockets.taken)
+        return _probe(live_reply(site))
 
     @app.get("/v1/health", endpoint="health_v1")
     @app.get("/api/v1/health", endpoint="health_api_v1")
+    @app.get("/health/ready", endpoint="health_ready")
     @app.get("/readyz")
     def readyz() -> Response:
-        status = "draining" if site.drain.is_started else "ready" if site.models.is_ready else "loading"
-        models = {entry.name: entry.status for entry in site.models.entries()}
-        response = jsonify(status=status, models=models)
-        response.status_code = 200 if site.is_ready else 503
-        return response
+        return _probe(ready_reply(site))
+
+
+def _probe(reply: tuple[int, dict[str, object]]) -> Response:
+    status, values = reply
+    response = jsonify(values)
+    response.status_code = status
+    return response
 
 
 def _told(error: Exception, status: int | None) -> Response:
@@ -85,11 +94,15 @@ def _generate(site: Site, values: dict[str, Any]) -> dict[str, Any]:
     asked = num_tokens + command.max_new_tokens if command.max_new_tokens else command.max_length
     session = model.open_session(session_length(asked, model.max_length, site.config.generation))
 
+    peer = HttpPeer(request.environ)
+
     def work(generation: Generation[LegacyReply]) -> None:
-        for reply in legacy_replies(model, session, command, lambda: generation.is_cancelled):
+        facts = AnswerFacts("legacy_http", model.name, command.inputs or "", peer.caller)
+        generate = partial(answering, site, facts, is_cancelled=lambda: generation.is_cancelled)
+        for reply in legacy_replies(model, session, command, generate):
             if reply is not None:
                 generation.put(reply)
 
-    generation = Generation(site, HttpPeer(request.environ), work, session.cancel, session.close)
+    generation = Generation(site, peer, work, session.cancel, session.close)
     outputs = "".join(reply.outputs for reply in generation.items() if reply is not None)
     return {"outputs": outputs, "times": session.times.as_json()} if command.times else {"outputs": outputs}

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from flask import Flask, Response, request
 
 from app.api_errors import current_request_id, make_report, openai_response
+from app.caller import caller_of
 from app.errors import ModelNotFoundError, OriginError, SiteDrainingError
 from app.http_generation import Generation
 from app.http_peer import HttpPeer, PeerGoneError
@@ -21,7 +22,7 @@ from app.limits import session_length
 from app.model_registry import ModelEntry
 from app.openai_answer import AnswerForm, ChatForm, CompletionForm, ReplyHead
 from app.openai_errors import openai_error, param_of
-from app.openai_generation import Answers, Item, answer_prompts, prepare_prompts
+from app.openai_generation import Answers, Item, answer_prompts, prepare_prompts, text_of
 from app.openai_replies import Embedding, EmbeddingList, EmbeddingUsage, ErrorBody, ModelList, ModelObject, Reply
 from app.openai_requests import (
     ChatRequest,
@@ -36,6 +37,7 @@ from app.openai_stream import HEADERS, EventStream
 from app.security import request_is_own
 from app.site import Site
 from app.slow_object import SlowObject
+from app.usage import Amount
 from swarm_client.generation.text_session import TextDelta, TextModel
 from swarm_protocol.errors import MaxLengthError, SwarmError
 
@@ -67,7 +69,7 @@ def _json(reply: Reply) -> Response:
 def _body(site: Site) -> dict[str, Any]:
     """Return the request's JSON. Raises SwarmError for what is none, and when the site takes no request."""
     security = site.config.security
-    if not (security.public_api or request_is_own(request, security)):
+    if not (security.public_api or request_is_own(request, security) or caller_of(request.environ).api_key):
         raise OriginError("the API")
     if site.drain.is_started:
         raise SiteDrainingError
@@ -100,9 +102,10 @@ def _generate(site: Site, kind: type[ChatRequest] | type[CompletionRequest]) -> 
     form: AnswerForm = (ChatForm if is_chat else CompletionForm)(head, has_usage=command.has_usage)
     prompts = prepare_prompts(site, model, command)
     peer, answers = HttpPeer(request.environ), Answers(form, prompts, model)
-    generation = answer_prompts(site, peer, prompts)
+    api = "openai_chat" if is_chat else "openai_completion"
+    generation = answer_prompts(site, peer, prompts, api, model.name)
     if command.stream:
-        stream = EventStream(site, peer, generation, answers, command, _late_teller())
+        stream = EventStream(site, peer, generation, answers, command, _late_teller(site))
         response = Response(stream, headers=HEADERS)
     else:
 
@@ -122,16 +125,18 @@ def _slow_json(
 ) -> Response:
     """Return an object that is made of what `generation` gives."""
     interval_s = site.config.generation.sse_ping_interval_s
-    slow = SlowObject(peer, generation, feed, whole, interval_s, _late_teller())
+    slow = SlowObject(peer, generation, feed, whole, interval_s, _late_teller(site))
     return Response(slow.text() if slow.is_there else slow, mimetype="application/json")
 
 
-def _late_teller() -> Callable[[Exception], ErrorBody]:
+def _late_teller(site: Site) -> Callable[[Exception], ErrorBody]:
     """Return what tells an error of a body, for which there is no request any more when it happens."""
     path, request_id = request.path, current_request_id()
 
     def tell(error: Exception) -> ErrorBody:
-        return openai_error(make_report(error, path, request_id), param_of(error))
+        report = make_report(error, path, request_id)
+        site.metrics.error(report.code)
+        return openai_error(report, param_of(error))
 
     return tell
 
@@ -147,11 +152,18 @@ def _embed(site: Site) -> Response:
             raise ParamError(f"input.{index}: a text without tokens has no embedding", f"input.{index}")
         if len(ids) > most:
             raise MaxLengthError(0, len(ids), most)
-    embedder = model.embedder()
+    embedder, peer = model.embedder(), HttpPeer(request.environ)
     vectors: list[list[float]] = []
 
     def work(generation: Generation[list[list[float]]]) -> None:
+        quota = site.quota(peer.caller)
+        if quota is not None:
+            site.key_usage.ask(quota)
+        for text, ids in zip(command.input, texts, strict=True):
+            told = text if isinstance(text, str) else text_of(model, ids)
+            site.moderator.check_prompt(told, "openai_embeddings", model.name)
         generation.put(embedder.embed(texts))
+        site.usage.count(peer.caller.key_id, model.name, Amount(1, sum(map(len, texts))))
 
     def feed(found: list[list[float]]) -> bool:
         vectors.extend(found)
@@ -160,7 +172,6 @@ def _embed(site: Site) -> Response:
     def whole() -> str:
         return _embedding_list(command, model, vectors, sum(map(len, texts))).as_json()
 
-    peer = HttpPeer(request.environ)
     generation = Generation(site, peer, work, embedder.cancel, lambda: None)
     return _slow_json(site, peer, generation, feed, whole)
 

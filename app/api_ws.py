@@ -10,7 +10,9 @@ from flask import Flask, Response, request
 from flask_sock import Sock
 from wsproto.utilities import RemoteProtocolError
 
+from app import request_ids
 from app.api_errors import error_response
+from app.caller import caller_of
 from app.chat_protocol import legacy_error
 from app.chat_socket import ChatSocket
 from app.errors import NoCapacityError, OriginError, report_error
@@ -38,7 +40,7 @@ def register(app: Flask, site: Site) -> None:
     def check_origin() -> Response | None:
         if request.path != PATH or not is_websocket(request.environ):
             return None
-        if security.public_api or request_is_own(request, security):
+        if security.public_api or request_is_own(request, security) or caller_of(request.environ).api_key:
             return None
         return error_response(OriginError("the API"), status=403)
 
@@ -50,7 +52,7 @@ def register(app: Flask, site: Site) -> None:
     @Sock(app).route(PATH)  # type: ignore[untyped-decorator]
     def chat(ws: Any) -> None:
         own = request_is_own(request, security)
-        ChatSocket(site, SocketLink(ws, limits), request.remote_addr or "", is_own_page=own).run()
+        ChatSocket(site, SocketLink(ws, limits), caller_of(request.environ), is_own_page=own).run()
 
 
 def with_socket_cap(app: WsgiApp, site: Site) -> WsgiApp:
@@ -71,7 +73,8 @@ def with_socket_cap(app: WsgiApp, site: Site) -> WsgiApp:
 
 def _refuse(site: Site, start_response: Any) -> Iterable[bytes]:
     """Answer 503. The protocol that the client speaks cannot be known yet, so this has the fields of both."""
-    report = report_error(NoCapacityError(site.sockets.what, site.sockets.limit), "")
+    report = report_error(NoCapacityError(site.sockets.what, site.sockets.limit), request_ids.current_id() or "")
+    site.metrics.error(report.code)
     body = json.dumps(legacy_error(report)).encode()
     headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Retry-After", "30")]
     headers += [*HEADERS.items(), ("Content-Security-Policy", API_POLICY)]

@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from app import request_ids
 from app.answer_log import AnswerLog
+from app.answering import AnswerFacts, answering, conversation_text
 from app.chat_protocol import (
     Delta,
     Done,
@@ -26,7 +28,6 @@ from app.chat_protocol import (
 )
 from app.error_log import logged_report
 from app.errors import BusyError, SiteDrainingError
-from app.legacy_generation import running
 from app.limits import answer_length
 from app.native_generation import AnswerMeter, native_sampling
 from app.request_models import Generate
@@ -63,6 +64,7 @@ class Answer:
         self._is_cancelled = self._is_cut = self._is_ended = False
         self._position: int | None = None
         self._meter = AnswerMeter(time.monotonic())
+        self._request_id = request_ids.answer_id()
         self._thread = threading.Thread(target=self._run, name=f"answer-{conversation.session_id}", daemon=True)
 
     def start(self) -> None:
@@ -129,6 +131,7 @@ class Answer:
     # in the thread of the answer
 
     def _run(self) -> None:
+        request_ids.enter(self._request_id)
         try:
             with self._site.drain.cancelling(self._cut):
                 done = self._generate()
@@ -140,7 +143,7 @@ class Answer:
         self._command = self._command.model_copy(update={"messages": []})  # a kept answer is its text alone
 
     def _fail(self, error: Exception) -> None:
-        report = logged_report(error, self._conversation.session_id)
+        report = logged_report(self._site, error, self._conversation.session_id)
         if not isinstance(error, SESSION_STAYS):
             self._conversation.drop_session()
         self._write(lambda seq: error_frame(report, self.id, seq), is_last=True)
@@ -193,7 +196,9 @@ class Answer:
 
     def _stream(self, session: TextSession, params: SamplingParams, prompt: int) -> FinishReason:
         """Write the answer piece by piece, and what happens to the route; return why it ended."""
-        with running(session, params, self._tell) as deltas:
+        text = conversation_text(self._command.chat_messages())
+        facts = AnswerFacts("chat", self._conversation.model.name, text, self._conversation.caller)
+        with answering(self._site, facts, session, params, self._tell) as deltas:
             if self._is_cancelled:  # a cancel from before `generate` was forgotten by it
                 session.cancel()
             for delta in deltas:

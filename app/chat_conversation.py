@@ -9,6 +9,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 
+from app.caller import Caller
 from app.chat_answer import Answer
 from app.chat_protocol import Offer
 from app.embed_sessions import EmbeddedChat
@@ -25,10 +26,14 @@ logger = logging.getLogger(__name__)
 class Conversation:
     """One client's talk with one model, under one session id."""
 
-    def __init__(self, site: Site, model: TextModel, max_length: int, embedded: EmbeddedChat | None = None) -> None:
+    def __init__(
+        self, site: Site, model: TextModel, max_length: int, caller: Caller, embedded: EmbeddedChat | None = None
+    ) -> None:
         """`embedded` where the page of a widget key opened it."""
         self.model = model
         self.max_length = max_length
+        self.caller = caller
+        """Whose it is; who takes it up again has its token."""
         self.embedded = embedded
         self.session_id = secrets.token_hex(8)
         self.token: str | None = None

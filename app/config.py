@@ -6,7 +6,7 @@ Lists are separated by commas or white space.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from swarm_protocol.errors import ConfigError
@@ -58,7 +58,6 @@ class StatusConfig:
     events_s: float = 900.0  # after which a listener has to come again, so that all get a turn
     canary_s: float = 600.0  # between two test answers of a model, made when nobody waits; 0 for none
     canary_tokens: int = 16  # of a test answer: enough for a speed, a second or two of the swarm's time
-    history_file: str = ""  # where test answers are kept over a restart; empty for nowhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,35 @@ class SecurityConfig:
     trusted_hosts: tuple[str, ...] = ()  # Host headers that are answered; empty for all
     trusted_proxies: int = 0  # proxies in front whose X-Forwarded-* headers are believed
     signing_secrets: tuple[str, ...] = ()  # of tokens, the newest last; none for one that lasts as long as the process
+    require_key: bool = False  # an API key for every program; the site's own pages go on without
     hsts: bool = False  # only for sites that are reached by HTTPS alone
+
+
+@dataclass(frozen=True, slots=True)
+class AddressLimits:
+    """What somebody without a key may use, by address; 0 for no limit, since a class room may have one address."""
+
+    limits_url: str = ""  # redis://… where all processes of a site count, keys' limits too; empty for each by itself
+    address_requests_per_minute: int = 0
+    address_tokens_per_day: int = 0
+    address_sessions: int = 0  # websockets and HTTP answers at once
+
+
+@dataclass(frozen=True, slots=True)
+class OperationConfig:
+    """What those who run the site see of it, and where."""
+
+    log_format: str = "text"  # of the log on stderr: `text` for people, `json` for collectors
+    log_addresses: bool = False  # of readers, in the lines of their requests
+    log_prompts: bool = False  # prompts and answers in the log; readers do not expect that
+    health_port: int = 0  # of a listener of its own for probes and the operator's metrics; 0 for none
+    health_host: str = "127.0.0.1"  # whoever reaches it sees how the site is used
+    reports: bool = False  # whether readers may report answers
+    reports_days: float = 90.0  # that a report is kept: long enough to act on it
+    moderation: str = ""  # module:function that may refuse prompts and answers; empty for none
+    moderation_fail_open: bool = False  # what it does not judge is refused: whoever wants a check wants it always
+    moderation_timeout_s: float = 10.0  # of one call; a small classifier takes 0.1 s, another site's API 1 s
+    moderation_step_chars: int = 400  # of an answer, after which it is asked though no sentence has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +107,18 @@ class SiteConfig:
     models: tuple[str, ...] = ()  # what swarm_client opens: a hub name, a folder, a GGUF file
     initial_peers: tuple[str, ...] = ()  # multiaddresses of peers through which the swarm is joined
     relay: bool = True  # nodes behind a NAT are reached through relays; without, the site listens for no peer at all
+    wire_dtype: str = "auto"  # in what hidden states travel, as `ClientConfig.wire_dtype`
+    speculation: str = "off"  # what guesses tokens ahead, as `ClientConfig.speculation`
     host: str = "127.0.0.1"
     port: int = 5000
     http_threads: int = 48  # threads beyond those of the sockets, so that pages and probes are always answered
-    widget_keys_file: str = ""  # where `umbel-chat widget` keeps the keys of embedded chats; empty for none
+    database_url: str = ""  # sqlite:///FILE or postgresql://…; empty for a file in the user's data folder
     sockets: SocketLimits = field(default_factory=SocketLimits)
     generation: GenerationLimits = field(default_factory=GenerationLimits)
     security: SecurityConfig = field(default_factory=SecurityConfig)
     status: StatusConfig = field(default_factory=StatusConfig)
+    operation: OperationConfig = field(default_factory=OperationConfig)
+    limits: AddressLimits = field(default_factory=AddressLimits)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -99,6 +130,10 @@ class SiteConfig:
             )
         if self.generation.running_max < 1:
             raise ConfigError("running_max is 0; at least 1 generation has to run")
+        if self.operation.log_format not in ("text", "json"):
+            raise ConfigError(f"log_format {self.operation.log_format!r} is neither text nor json")
+        if not 0 <= self.operation.health_port <= 65535:
+            raise ConfigError(f"health_port {self.operation.health_port} is not between 0 and 65535")
 
 
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
@@ -130,7 +165,7 @@ def _from_env(config: T, env: Mapping[str, str]) -> T:
     for part in fields(config):  # type: ignore[arg-type]
         default = getattr(config, part.name)
         name = "PORT" if part.name == "port" else f"UMBEL_{part.name.upper()}"
-        if isinstance(default, SocketLimits | GenerationLimits | SecurityConfig | StatusConfig):
+        if is_dataclass(default) and not isinstance(default, type):
             changes[part.name] = _from_env(default, env)
         elif name in env:
             changes[part.name] = _parse(name, env[name], default)

@@ -243,8 +243,17 @@ def site_arguments(model: Path, initial_peer: str, port: int) -> list[str]:
 
 
 def child_environment(environment: dict[str, str]) -> dict[str, str]:
-    """Return what children run with: one thread each that sleeps when it waits, since they share the cores."""
-    return {**environment, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    """Return what children run with: one thread each that sleeps when it waits, since they share the cores.
+
+    The site keeps nothing, unless a database is named.
+    """
+    return {
+        "UMBEL_DATABASE_URL": "sqlite://",
+        **environment,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def _describe_status(status: int) -> str:

@@ -46,6 +46,7 @@ def embed_config(site: Site, key: WidgetKey, address: str) -> dict[str, object]:
         "max_frame_bytes": sockets.max_frame_bytes,
         "ping_interval_s": sockets.ping_interval_s,
         "languages": languages(),
+        "reports": site.config.operation.reports,
     }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from app.errors import EmbedClosedError, EmbedExpiredError
+from app.key_usage import Quota
 from app.site import Site
 from app.widget_keys import WidgetKey
 from swarm_client.generation.text_session import ChatMessage
@@ -21,6 +22,8 @@ class EmbeddedChat:
         if name is None:
             raise EmbedExpiredError
         self._site, self._name = site, name
+        self.key_id = name
+        self._quota: Quota | None = None
         self.model = self._key().model
 
     def _key(self) -> WidgetKey:
@@ -31,7 +34,8 @@ class EmbeddedChat:
 
     def ask(self) -> None:
         """Count a question. Raises EmbedClosedError, and LimitExceededError where the key allows none now."""
-        self._site.widget_usage.ask(self._key())
+        self._quota = self._key().quota
+        self._site.key_usage.ask(self._quota)
 
     def messages(self, sent: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
         """Return what the model gets. Raises EmbedClosedError or InvalidRequestError."""
@@ -39,12 +43,13 @@ class EmbeddedChat:
 
     def answer_length(self, wanted: int) -> int:
         """Return how many tokens an answer may have that may have `wanted` otherwise; 1 at least."""
-        left = self._site.widget_usage.left(self._key())
+        left = self._site.key_usage.left(self._key().quota)
         return wanted if left is None else max(1, min(wanted, left))
 
     def count_tokens(self, num_tokens: int) -> None:
         """Count the tokens of an answer, complete or not."""
-        self._site.widget_usage.count_tokens(self._name, num_tokens)
+        if self._quota is not None:  # as it was when the answer began: the key may be gone by now
+            self._site.key_usage.count_tokens(self._quota, num_tokens)
 
 
 def embedded_messages(key: WidgetKey, messages: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:

@@ -10,13 +10,21 @@ SwarmError
 ├── ReplacedError           replaced
 ├── OriginError             origin_not_allowed
 ├── EmbedExpiredError       embed_expired       retryable
-└── EmbedClosedError        embed_closed
+├── EmbedClosedError        embed_closed
+├── DatabaseUnavailableError  database_unavailable  retryable
+├── KeyRequiredError        key_required
+├── InvalidKeyError         invalid_key
+├── BannedError             banned
+├── RefusedError            content_refused
+└── ModerationFailedError   moderation_failed   retryable
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swarm_protocol.errors import SwarmError
+
+MAX_REFUSAL_CHARS = 500
 
 
 class ModelNotFoundError(SwarmError):
@@ -100,6 +108,42 @@ class EmbedExpiredError(SwarmError):
         super().__init__("the token of this embedded chat is no longer good here; fetch another one")
 
 
+class DatabaseUnavailableError(SwarmError):
+    """What is asked for is in the site's database, which does not answer."""
+
+    code, retryable = "database_unavailable", True
+
+    def __init__(self) -> None:
+        super().__init__("the site's database does not answer, so keys cannot be looked up; try again in a minute")
+
+
+class KeyRequiredError(SwarmError):
+    """The site answers programs only with an API key."""
+
+    code = "key_required"
+
+    def __init__(self) -> None:
+        super().__init__("an API key of this site is needed: send it as `Authorization: Bearer uk_…`")
+
+
+class InvalidKeyError(SwarmError):
+    """The API key that was sent is unknown, revoked or expired."""
+
+    code = "invalid_key"
+
+    def __init__(self) -> None:
+        super().__init__("this API key is unknown, revoked or expired; ask those who run this site for another one")
+
+
+class BannedError(SwarmError):
+    """The operator has shut an address or a key out."""
+
+    code = "banned"
+
+    def __init__(self) -> None:
+        super().__init__("this site is closed to your address or key; ask those who run it why")
+
+
 class EmbedClosedError(SwarmError):
     """The widget key of an embedded chat is not in use any more."""
 
@@ -107,6 +151,24 @@ class EmbedClosedError(SwarmError):
 
     def __init__(self) -> None:
         super().__init__("this embedded chat is closed: its key is unknown, disabled or revoked")
+
+
+class RefusedError(SwarmError):
+    """The operator's moderation does not allow a prompt or an answer; the message is what it says to the reader."""
+
+    code = "content_refused"
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence[:MAX_REFUSAL_CHARS] or "this site does not answer that")
+
+
+class ModerationFailedError(SwarmError):
+    """The operator's moderation did not say whether something is allowed."""
+
+    code, retryable = "moderation_failed", True
+
+    def __init__(self) -> None:
+        super().__init__("this site looks at what is written here, and could not do so now; try again in a minute")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +183,8 @@ class ErrorReport:
     message: str
     retryable: bool
     request_id: str
+    retry_after_s: int | None = None
+    """If the error says so itself."""
 
     @property
     def one_line(self) -> str:
@@ -131,7 +195,8 @@ class ErrorReport:
 def report_error(error: BaseException, request_id: str) -> ErrorReport:
     """Return what a client may know of `error`; anything that is not a SwarmError becomes `internal_error`."""
     if isinstance(error, SwarmError):
-        return ErrorReport(type(error).__name__, error.code, str(error), error.retryable, request_id)
+        wait_s = getattr(error, "retry_after_s", None)
+        return ErrorReport(type(error).__name__, error.code, str(error), error.retryable, request_id, wait_s)
     message = f"something went wrong on the site; its log has the details under {request_id}"
     return ErrorReport("InternalError", "internal_error", message, True, request_id)
 
@@ -143,6 +208,7 @@ RETRY_AFTER_S = {
     "no_capacity": 15,
     "cache_full": 15,
     "model_loading": 30,
+    "database_unavailable": 15,
     "missing_blocks": 30,
 }
 """When another try is worth it, by code: guesses of how long such a state lasts; others may be tried at once."""
@@ -150,13 +216,22 @@ RETRY_AFTER_S = {
 
 def retry_after_s(report: ErrorReport) -> int | None:
     """Return after how many seconds to try again; None where that would not help."""
+    if report.retry_after_s is not None:
+        return report.retry_after_s
     return RETRY_AFTER_S.get(report.code, 0) if report.retryable else None
 
 
+SHUT_OUT = (BannedError, InvalidKeyError)
+"""Errors by which somebody who was let in is sent away."""
+
 HTTP_STATUS = {
     "model_not_found": 404,
+    "key_required": 401,
+    "invalid_key": 401,
+    "banned": 403,
     "origin_not_allowed": 403,
     "embed_closed": 403,
+    "content_refused": 400,
     "invalid_request": 400,
     "malformed_frame": 400,
     "max_length_exceeded": 400,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from app import request_ids
 from app.errors import ReplacedError, SiteDrainingError
 from app.http_peer import HttpPeer, PeerGoneError
 from app.site import Site
@@ -60,6 +61,7 @@ class Generation(Generic[T]):
         self._is_abandoned = threading.Event()
         self._ended_by: type[SiteDrainingError | ReplacedError] | None = None
         self._on_queued, self._position = on_queued, 0
+        self._request_id = request_ids.current_id() or request_ids.answer_id()
 
     @property
     def is_cancelled(self) -> bool:
@@ -69,8 +71,8 @@ class Generation(Generic[T]):
     def items(self) -> Generator[T | None]:
         """Yield what `work` puts, and None whenever there was nothing for a tick. Once.
 
-        Raises what `work` raised, PeerGoneError when the client left, SiteDrainingError when the site ended it, and
-        ReplacedError when the client sent the request again.
+        Raises what `work` raised, PeerGoneError when the client left, SiteDrainingError when the site ended it,
+        ReplacedError when the client sent the request again, and BannedError or InvalidKeyError when it was shut out.
         However it is left, the work is cancelled and ends by itself.
         """
         try:
@@ -96,6 +98,7 @@ class Generation(Generic[T]):
                 looked_s = time.monotonic()
                 if self._peer.is_gone():
                     raise PeerGoneError
+                self._site.bans.check(self._peer.caller)
             if isinstance(item, _End):
                 if self._ended_by is not None:
                     raise self._ended_by
@@ -117,8 +120,10 @@ class Generation(Generic[T]):
 
     def _run(self) -> None:
         error: BaseException | None = None
+        request_ids.enter(self._request_id)
         try:
-            with self._site.http_generations.take(), self._site.queue.turn(self._queued):
+            session = self._site.key_usage.session(self._site.quota(self._peer.caller))
+            with session, self._site.http_generations.take(), self._site.queue.turn(self._queued):
                 self._work(self)
         except Exception as found:  # the outermost place of the thread: the request's thread tells the client
             error = found

@@ -6,6 +6,8 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
+from app.caller import caller_of
+
 MAX_KEY_CHARS = 256
 
 
@@ -21,7 +23,8 @@ class HttpPeer:
         self._sock = found if isinstance(found, socket.socket) else None
         key = str(environ.get("HTTP_IDEMPOTENCY_KEY", ""))[:MAX_KEY_CHARS]
         # One client's keys are not another's: who guesses one must not end somebody else's answer.
-        self.request_key = (environ.get("REMOTE_ADDR"), environ.get("PATH_INFO"), key) if key else None
+        self.caller = caller_of(environ)
+        self.request_key = (self.caller.address, self.caller.key_id, environ.get("PATH_INFO"), key) if key else None
         """By which the client knows its request, if it sends it again; None without."""
 
     @property

@@ -1,13 +1,12 @@
 """One `generate` of protocol 2 or of `POST /api/v1/generate`, run on a session."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from app.chat_protocol import LegacyReply
 from app.legacy_answer import LegacyAnswer, StopRules, TailChange
 from app.request_models import LegacyGenerate
-from swarm_client.events import EventListener
 from swarm_client.generation.text_session import SamplingParams, TextDelta, TextModel, TextSession
 from swarm_protocol.errors import InvalidRequestError, MaxLengthError
 
@@ -55,38 +54,14 @@ def legacy_sampling(request: LegacyGenerate, max_new_tokens: int) -> SamplingPar
     )
 
 
-def _never() -> bool:
-    return False
-
-
-@contextmanager
-def running(
-    session: TextSession,
-    params: SamplingParams,
-    on_event: EventListener | None = None,
-    is_cancelled: Callable[[], bool] = _never,
-) -> Iterator[Iterator[TextDelta]]:
-    """Generate; on leaving, whatever is still running ends.
-
-    `is_cancelled` tells of a cancel that came before: `generate` forgets those.
-    """
-    deltas = session.generate(params, on_event)
-    try:
-        if is_cancelled():
-            session.cancel()
-        yield deltas
-    finally:
-        close = getattr(deltas, "close", None)
-        if close is not None:
-            close()
+Generate = Callable[[TextSession, SamplingParams], AbstractContextManager[Iterator[TextDelta]]]
+"""Starts a generation, and ends it on leaving: `app.answering`, with all but these two filled in."""
 
 
 def legacy_replies(
-    model: TextModel, session: TextSession, request: LegacyGenerate, is_cancelled: Callable[[], bool] = _never
+    model: TextModel, session: TextSession, request: LegacyGenerate, generate: Generate
 ) -> Iterator[LegacyReply | None]:
     """Yield the replies to a request, and None for each piece that makes none; ends early when cancelled.
-
-    `is_cancelled` tells of a cancel that came before it began.
 
     Raises SwarmError.
     """
@@ -98,7 +73,7 @@ def legacy_replies(
     plan = plan_answer(request, start, session.max_length)
     answer = LegacyAnswer(_stop_rules(model, request), plan.reply_tokens)
     num_tokens = 0
-    with running(session, legacy_sampling(request, plan.max_new_tokens), None, is_cancelled) as deltas:
+    with generate(session, legacy_sampling(request, plan.max_new_tokens)) as deltas:
         for delta in deltas:
             num_tokens += len(delta.token_ids)
             step = answer.feed(delta)

@@ -5,7 +5,11 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
+from app import request_ids
+from app.answering import AnswerFacts, answering
+from app.caller import Caller
 from app.chat_protocol import Command, legacy_opened_frame, legacy_reply_frame
 from app.errors import SiteDrainingError
 from app.legacy_generation import legacy_replies
@@ -22,8 +26,8 @@ logger = logging.getLogger(__name__)
 class LegacySocket:
     """Carries out the commands of one socket; used by one thread."""
 
-    def __init__(self, site: Site, link: SocketLink) -> None:
-        self._site, self._link = site, link
+    def __init__(self, site: Site, link: SocketLink, caller: Caller) -> None:
+        self._site, self._link, self._caller = site, link, caller
         self._model: TextModel | None = None
         self._session: TextSession | None = None
         self._is_cancelled = False
@@ -59,10 +63,14 @@ class LegacySocket:
         if model is None or session is None:  # parse_command lets no generate through before an open
             raise InvalidRequestError("no session is open; send open_inference_session first")
         num_tokens = 0
-        with self._generating(session), self._site.queue.turn(self._queued):
-            for reply in legacy_replies(model, session, command, lambda: self._is_cancelled):
+        name = request_ids.answer_id()
+        with request_ids.working(name), self._generating(session), self._site.queue.turn(self._queued):
+            facts = AnswerFacts("legacy_socket", model.name, command.inputs or "", self._caller)
+            generate = partial(answering, self._site, facts, is_cancelled=lambda: self._is_cancelled)
+            for reply in legacy_replies(model, session, command, generate):
                 if self._link.is_gone:
                     raise SocketGoneError
+                self._site.bans.check(self._caller)
                 if reply is not None:
                     num_tokens += reply.token_count
                     self._link.send(legacy_reply_frame(reply))
@@ -76,6 +84,7 @@ class LegacySocket:
             raise SocketGoneError
         if self._is_cancelled:
             raise SiteDrainingError
+        self._site.bans.check(self._caller)
 
     @contextmanager
     def _generating(self, session: TextSession) -> Iterator[None]:

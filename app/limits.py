@@ -4,6 +4,7 @@ from collections.abc import Collection
 from enum import Enum
 
 from app.config import GenerationLimits, SocketLimits
+from app.errors import BannedError, InvalidKeyError
 from swarm_protocol.errors import MaxLengthError
 
 
@@ -14,11 +15,19 @@ class CloseCode(int, Enum):
     FLOOD = 1008
     TOO_BIG = 1009
     RESTART = 1012
+    KEY = 4401
     ORIGIN = 4403
     IDLE = 4408
     TAKEN_OVER = 4409
+    BANNED = 4410
     TOO_MANY = 4429
 
+
+SHUT_OUT_CLOSES: dict[type[Exception], tuple[CloseCode, str]] = {
+    BannedError: (CloseCode.BANNED, "closed to you"),
+    InvalidKeyError: (CloseCode.KEY, "the key is not in use"),
+}
+"""How a socket ends whose client was shut out."""
 
 FLOOD_WINDOW_S = 10.0  # in which a client of protocol 3 may send as many frames as may wait
 

@@ -54,8 +54,11 @@ class OpenedModel:
 class SwarmConnection:
     """The site's one connection to the swarm, shared by all models; made when the first of them is opened."""
 
-    def __init__(self, initial_peers: Sequence[str], *, relay: bool) -> None:
+    def __init__(
+        self, initial_peers: Sequence[str], *, relay: bool, wire_dtype: str = "auto", speculation: str = "off"
+    ) -> None:
         self._initial_peers, self._relay = tuple(initial_peers), relay
+        self._wire_dtype, self._speculation = wire_dtype, speculation
         self._swarm: Swarm | None = None
 
     def open_model(self, source: str) -> TextModel:
@@ -64,7 +67,13 @@ class SwarmConnection:
         from swarm_client import ClientConfig, Swarm, open_text_model
 
         if self._swarm is None:
-            self._swarm = Swarm.connect(ClientConfig(initial_peers=self._initial_peers, relay=self._relay))
+            config = ClientConfig(
+                initial_peers=self._initial_peers,
+                relay=self._relay,
+                wire_dtype=self._wire_dtype,
+                speculation=self._speculation,
+            )
+            self._swarm = Swarm.connect(config)
         return open_text_model(source, swarm=self._swarm)
 
     def ping(self, peer_id: PeerId) -> float:
@@ -81,7 +90,9 @@ class SwarmConnection:
 
 def swarm_registry(config: SiteConfig) -> "ModelRegistry":
     """Return the models of `config`, to be opened through the swarm that its peers belong to."""
-    connection = SwarmConnection(config.initial_peers, relay=config.relay)
+    connection = SwarmConnection(
+        config.initial_peers, relay=config.relay, wire_dtype=config.wire_dtype, speculation=config.speculation
+    )
     sources = [ModelSource(source, partial(connection.open_model, source)) for source in config.models]
     return ModelRegistry(sources, connection.close, connection.ping)
 

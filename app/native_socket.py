@@ -9,7 +9,10 @@ handler's thread stays with its answer until that is over, taken by another sock
 
 import logging
 import time
+from contextlib import suppress
+from dataclasses import replace
 
+from app.caller import Caller
 from app.chat_conversation import Conversation
 from app.chat_protocol import (
     Command,
@@ -25,8 +28,8 @@ from app.chat_protocol import (
 )
 from app.embed_sessions import EmbeddedChat
 from app.error_log import logged_report
-from app.errors import BusyError, SessionExpiredError, SiteDrainingError
-from app.limits import CloseCode, is_expired, session_length
+from app.errors import SHUT_OUT, BusyError, SessionExpiredError, SiteDrainingError
+from app.limits import SHUT_OUT_CLOSES, CloseCode, is_expired, session_length
 from app.request_models import Bye, Cancel, Generate, Open, Ping, Rewind
 from app.site import Site
 from app.socket_link import SocketGoneError, SocketLink
@@ -39,14 +42,16 @@ KEEP_LOOK_S = 0.2  # how often an answer without a socket is looked after
 MAX_FRAMES_AT_ONCE = 64  # of an answer, before what the client sent is looked at
 
 
-def open_conversation(site: Site, command: Open, address: str) -> Conversation:
+def open_conversation(site: Site, command: Open, caller: Caller) -> Conversation:
     """Choose the model; the inference session is opened by the first answer. Raises SwarmError."""
-    embedded = None if command.embed is None else EmbeddedChat(site, command.embed, address)
+    embedded = None if command.embed is None else EmbeddedChat(site, command.embed, caller.address)
     model = site.models.find(embedded.model if embedded is not None and embedded.model else command.model)
     length = session_length(command.max_length, model.max_length, site.config.generation)
-    conversation = Conversation(site, model, length, embedded)
+    caller = replace(caller, widget_key=None if embedded is None else embedded.key_id)
+    site.bans.check(caller)
+    conversation = Conversation(site, model, length, caller, embedded)
     if command.resume:
-        conversation.token = site.kept.add(conversation, address)
+        conversation.token = site.kept.add(conversation, caller.address)
     return conversation
 
 
@@ -56,9 +61,9 @@ class NativeSocket:
     Whoever gives it the conversation lets it `run`: nobody else frees what the conversation holds.
     """
 
-    def __init__(self, site: Site, link: SocketLink, address: str, conversation: Conversation, greeting: str) -> None:
+    def __init__(self, site: Site, link: SocketLink, conversation: Conversation, greeting: str) -> None:
         """`greeting` is the first frame to be sent."""
-        self._site, self._link, self._address, self._greeting = site, link, address, greeting
+        self._site, self._link, self._greeting = site, link, greeting
         self._limits = site.config.sockets
         self._talk = conversation
         link.limit_rate()
@@ -76,6 +81,9 @@ class NativeSocket:
                 elif not self._answer(frame):
                     is_for_good = True
                     break
+        except SHUT_OUT as error:
+            is_for_good = True
+            self._shut_out(error)
         except (SocketGoneError, LookupError):  # the latter: frames that were not sent yet are gone
             logger.debug("socket gone session=%s", self._talk.session_id)
         except Exception:  # the outermost loop of a socket
@@ -90,6 +98,7 @@ class NativeSocket:
             return False
         if self._link.is_gone:
             raise SocketGoneError
+        self._site.bans.check(self._talk.caller)
         self._send_frames()
         answer = self._talk.answer
         if answer is not None and not answer.is_read(self):
@@ -107,6 +116,11 @@ class NativeSocket:
             return False
         return True
 
+    def _shut_out(self, error: SwarmError) -> None:
+        with suppress(SocketGoneError):
+            self._tell(error, None)
+            self._link.close(*SHUT_OUT_CLOSES[type(error)])
+
     def _send_frames(self) -> None:
         answer = self._talk.answer
         for _ in range(MAX_FRAMES_AT_ONCE):
@@ -121,7 +135,7 @@ class NativeSocket:
         self._last_sent_s = time.monotonic()
 
     def _tell(self, error: Exception, request_id: str | None) -> None:
-        self._link.send(error_frame(logged_report(error, self._talk.session_id), request_id))
+        self._link.send(error_frame(logged_report(self._site, error, self._talk.session_id), request_id))
 
     def _answer(self, frame: str | bytes) -> bool:
         """Answer one frame; return whether the socket stays open."""
@@ -156,7 +170,7 @@ class NativeSocket:
         """Begin another conversation on the same socket."""
         if self._talk.running is not None:
             raise BusyError
-        conversation = open_conversation(self._site, command, self._address)
+        conversation = open_conversation(self._site, command, self._talk.caller)
         self._forget()
         self._talk.leave(self)
         self._talk = conversation
@@ -219,9 +233,16 @@ class NativeSocket:
         """Let the answer go on until it is over, taken, or the time for that has passed."""
         until_s = time.monotonic() + self._limits.resume_grace_s
         while (answer := self._talk.running) is not None and self._talk.is_owned_by(self):
-            if time.monotonic() >= until_s or self._site.drain.is_started:
+            if time.monotonic() >= until_s or self._site.drain.is_started or self._is_shut_out():
                 return
             answer.wait(KEEP_LOOK_S)
+
+    def _is_shut_out(self) -> bool:
+        try:
+            self._site.bans.check(self._talk.caller)
+        except SHUT_OUT:
+            return True
+        return False
 
     def _forget(self) -> None:
         if self._talk.token is not None:

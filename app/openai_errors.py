@@ -11,6 +11,7 @@ CODES = {
     "no_capacity": "capacity_exceeded",
     "limit_exceeded": "rate_limit_exceeded",
     "timeout": "swarm_timeout",
+    "content_refused": "content_filter",
 }
 """Codes that have another name here; all others are the same in every API."""
 
@@ -53,7 +54,8 @@ def openai_error_headers(report: ErrorReport) -> dict[str, str]:
     """Return the headers by which clients decide whether to try again."""
     is_worth_it = report.retryable and report.code not in HOPELESS
     headers = {"X-Error-Code": report.code, "X-Should-Retry": "true" if is_worth_it else "false"}
-    return headers | ({"Retry-After": str(RETRY_AFTER_S)} if report.retryable else {})
+    wait_s = RETRY_AFTER_S if report.retry_after_s is None else report.retry_after_s
+    return headers | ({"Retry-After": str(wait_s)} if report.retryable else {})
 
 
 def is_openai(path: str) -> bool:

@@ -6,9 +6,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from app.answering import AnswerFacts, answering, conversation_text
 from app.http_generation import Generation
 from app.http_peer import HttpPeer
-from app.legacy_generation import running
 from app.limits import answer_length, session_length
 from app.native_generation import site_sampling
 from app.openai_answer import AnswerForm, OneAnswer, usage
@@ -27,6 +27,7 @@ class Prompt:
     session: TextSession
     params: SamplingParams
     num_tokens: int
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def prepare_prompts(site: Site, model: TextModel, request: ChatRequest | Complet
             session = model.open_session(session_length(None, model.max_length, site.config.generation))
             stack.callback(session.close)
             _fill(session, request, text)
-            found.append(_prompt(site, session, request))
+            found.append(_prompt(site, session, request, _prompt_text(model, request, text)))
         stack.pop_all()
     return found
 
@@ -93,21 +94,33 @@ def _fill(session: TextSession, request: ChatRequest | CompletionRequest, text: 
         raise ParamError("prompt: a text without tokens cannot be continued", "prompt")
 
 
-def _prompt(site: Site, session: TextSession, request: ChatRequest | CompletionRequest) -> Prompt:
+def _prompt_text(model: TextModel, request: ChatRequest | CompletionRequest, text: TextOrIds | None) -> str:
+    if isinstance(request, ChatRequest):
+        return conversation_text(request.chat_messages())
+    return text if isinstance(text, str) else text_of(model, text or [])
+
+
+def text_of(model: TextModel, token_ids: Sequence[int]) -> str:
+    """Return tokens that a client sent as the text that they stand for."""
+    return b"".join(map(model.token_bytes, token_ids)).decode(errors="replace")
+
+
+def _prompt(site: Site, session: TextSession, request: ChatRequest | CompletionRequest, text: str) -> Prompt:
     limits, num_tokens = site.config.generation, len(session.token_ids)
     most = answer_length(request.max_new_tokens, num_tokens, session.max_length, limits)
     params = site_sampling(request, request.stop, most, limits)
-    return Prompt(session, replace(params, logprobs=request.num_top_logprobs), num_tokens)
+    return Prompt(session, replace(params, logprobs=request.num_top_logprobs), num_tokens, text)
 
 
-def answer_prompts(site: Site, peer: HttpPeer, prompts: Sequence[Prompt]) -> Generation[Item]:
+def answer_prompts(site: Site, peer: HttpPeer, prompts: Sequence[Prompt], api: str, model: str) -> Generation[Item]:
     """Return the generation of the answers to `prompts`, one after the other; it closes their sessions."""
 
     def work(generation: Generation[Item]) -> None:
         for index, prompt in enumerate(prompts):
             generation.put(Begins(index))
             params, session = prompt.params, prompt.session
-            with running(session, params, generation.put, lambda: generation.is_cancelled) as deltas:
+            facts = AnswerFacts(api, model, prompt.text, peer.caller)
+            with answering(site, facts, session, params, generation.put, lambda: generation.is_cancelled) as deltas:
                 for delta in deltas:
                     generation.put(delta)
                     if delta.finish_reason == "cancelled":

@@ -16,8 +16,10 @@ from app.openai_replies import (
     ModelObject,
 )
 from app.openai_requests import ChatRequest, CompletionRequest, EmbeddingsRequest
+from app.reports import ReportRequest
 from app.request_models import OneShot
 from app.swarm_replies import PetalsState, ReachReply, SwarmEvent, SwarmReply
+from app.usage_replies import UsageReply
 
 Schema = dict[str, Any]
 
@@ -73,10 +75,10 @@ class EmbedToken(_Shape):
     token: str
 
 
-REQUESTS = (ChatRequest, CompletionRequest, EmbeddingsRequest, OneShot)
+REQUESTS = (ChatRequest, CompletionRequest, EmbeddingsRequest, OneShot, ReportRequest)
 REPLIES = (
     ChatCompletion, ChatChunk, Completion, EmbeddingList, ModelList, ModelObject, ErrorBody, SiteErrorBody,
-    OneShotReply, Health, Readiness, EmbedToken, PetalsState, ReachReply, SwarmEvent, SwarmReply,
+    OneShotReply, Health, Readiness, EmbedToken, PetalsState, ReachReply, SwarmEvent, SwarmReply, UsageReply,
 )  # fmt: skip
 
 
@@ -95,7 +97,11 @@ def openapi_document(version: str) -> Schema:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": {**_openai_paths(), **_site_paths(), **_swarm_paths(), **_widget_paths()},
-        "components": {"schemas": found["$defs"]},
+        "components": {
+            "schemas": found["$defs"],
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "an API key of this site"}},
+        },
+        "security": [{}, {"key": []}],
     }
 
 
@@ -224,20 +230,40 @@ def _site_paths() -> Schema:
                 {"101": {"description": "the websocket is open"}, "default": site_error},
             )
         },
-        "/healthz": {
+        "/api/v2/usage": {
             "get": _operation(
-                "healthz", "Whether the process lives", {"200": _json(Health, "it does"), "default": plain_error}
+                "usage", "What the API key that asks has used",
+                {"200": _json(UsageReply, "its usage"), "400": site_error,
+                 "401": _json(SiteErrorBody, "no key was sent, or none in use"), "default": site_error},
+                parameters=[_parameter("days", "query", "the last days, today among them", type="integer")],
             )
+        },
+        "/api/v2/reports": {
+            "post": _operation(
+                "report", "A reader's report of an answer; for the site's own pages, where it takes any",
+                {"204": {"description": "it is kept"}, "default": site_error}, requestBody=_body(ReportRequest),
+            )
+        },
+        **{
+            path: {
+                "get": _operation(
+                    name, "Whether the process lives", {"200": _json(Health, "it does"), "default": plain_error}
+                )
+            }
+            for path, name in (("/healthz", "healthz"), ("/health/live", "health_live"))
         },
         **{
             path: {
                 "get": _operation(
                     name, "Whether visitors can be served",
                     {"200": _json(Readiness, "they can"), "503": _json(Readiness, "not now"),
-                     "default": plain_error if path == "/readyz" else _OPENAI_ERRORS["default"]},
+                     "default": _OPENAI_ERRORS["default"] if "/v1/" in path else plain_error},
                 )
             }
-            for path, name in (("/readyz", "readyz"), ("/v1/health", "health"), ("/api/v1/health", "health_api"))
+            for path, name in (
+                ("/readyz", "readyz"), ("/health/ready", "health_ready"),
+                ("/v1/health", "health"), ("/api/v1/health", "health_api"),
+            )
         },
         "/openapi.json": {
             "get": _operation(

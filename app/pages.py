@@ -43,6 +43,7 @@ def page_config(site: Site) -> dict[str, object]:
         "max_frame_bytes": config.sockets.max_frame_bytes,
         "session_max_length": config.generation.session_max_length,
         "ping_interval_s": config.sockets.ping_interval_s,
+        "reports": config.operation.reports,
         "initial_peers": list(config.initial_peers),
         "languages": sorted(path.stem for path in (STATIC_FOLDER / "locales").glob("*.json")),
     }

@@ -12,9 +12,12 @@ from typing import Any
 from flask import Flask
 from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
 from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
+from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
 from app.config import SiteConfig
 from app.factory import create_app, site_of
+from app.health import start_health
+from swarm_protocol.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +79,16 @@ def gunicorn_settings(config: SiteConfig) -> dict[str, Any]:
             logging.shutdown()
             os._exit(Arbiter.WORKER_BOOT_ERROR)
 
+        try:
+            start_health(site_of(worker.wsgi))
+        except ConfigError as error:
+            logger.error("%s", error)
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
         site_of(worker.wsgi).start(is_alive, on_ready=lambda: announce_ready(config.host, port), on_failed=give_up)
 
     def worker_exit(_server: Any, worker: Any) -> None:
         if isinstance(getattr(worker, "wsgi", None), Flask):
-            site_of(worker.wsgi).models.close()
+            site_of(worker.wsgi).close()
 
     return {
         "bind": [f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"],
@@ -95,11 +103,22 @@ def gunicorn_settings(config: SiteConfig) -> dict[str, Any]:
         "max_requests": 0,
         "control_socket_disable": True,
         "worker_tmp_dir": "/dev/shm" if Path("/dev/shm").is_dir() else None,  # noqa: S108
+        "logger_class": _SiteLogger,
         "errorlog": "-",
         "accesslog": None,
         "post_worker_init": post_worker_init,
         "worker_exit": worker_exit,
     }
+
+
+class _SiteLogger(Logger):  # type: ignore[misc]
+    """gunicorn's log as part of the site's."""
+
+    def setup(self, cfg: Any) -> None:
+        """Leave writing to whoever has configured the log. Called by gunicorn."""
+        super().setup(cfg)
+        self.error_log.handlers.clear()
+        self.error_log.propagate = True
 
 
 class _GunicornSite(BaseApplication):  # type: ignore[misc]
@@ -116,7 +135,11 @@ class _GunicornSite(BaseApplication):  # type: ignore[misc]
 
     def load(self) -> Flask:
         """Make the application. Called by gunicorn in the worker."""
-        return self._make_app()
+        try:
+            return self._make_app()
+        except ConfigError as error:
+            logger.error("%s", error)
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
 
 def serve(config: SiteConfig, make_app: Callable[[SiteConfig], Flask] = create_app) -> None:

@@ -6,28 +6,38 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.api_keys import ApiKeys
+from app.bans import REFRESH_S, Bans
+from app.caller import Caller
 from app.canary import Canary, runs_of
 from app.canary_history import CanaryHistory
 from app.config import SiteConfig
+from app.database import site_database
 from app.embed_tokens import EmbedTokens
 from app.errors import NoCapacityError
 from app.generation_queue import GenerationQueue
 from app.in_flight import InFlight
+from app.keeper import Chore, Keeper
 from app.kept_conversations import AddressCount, KeptConversations
+from app.key_usage import KeyUsage, Quota, address_quota
+from app.limit_store import LEASE_S, counts_of
 from app.model_registry import ModelRegistry
+from app.moderation import Moderator
 from app.own_version import site_version
 from app.reach import Reachability
+from app.site_metrics import SiteMetrics
 from app.swarm_board import SwarmBoard
+from app.usage import FLUSH_S, UsageBook
 from app.widget_keys import WidgetKeys
-from app.widget_usage import WidgetUsage
 
 if TYPE_CHECKING:
     from app.chat_conversation import Conversation
 
 logger = logging.getLogger(__name__)
+
+EXTENSION = "umbel"  # where a Flask application has its site
 
 DRAIN_POLL_S = 0.2  # how soon a SIGTERM is seen; gunicorn tells nobody
 
@@ -123,14 +133,20 @@ class Site:
         self.kept: KeptConversations[Conversation] = KeptConversations(config.sockets)
         self.addresses = AddressCount(config.sockets.ws_per_address)
         self.drain = Drain(config.sockets.drain_s)
-        self.history = CanaryHistory(config.status.history_file)
+        self.metrics = SiteMetrics(self._gauges)
+        self.moderator = Moderator(config.operation, self.metrics)
+        self.database = site_database(config.database_url)
+        self.history = CanaryHistory(self.database)
         self.board = SwarmBoard(models, self.queue, site_version(), runs_of(self.history))
         self.canary = Canary(models, self.queue, self.history, self.board.report, config.status)
         self.reachability = Reachability(lambda peer_id: models.ping(peer_id))
         self.listeners = Places("listeners", min(config.status.events_max, config.http_threads // 4))
         known = config.security.signing_secrets
-        self.widget_keys = WidgetKeys(Path(config.widget_keys_file) if config.widget_keys_file else None)
-        self.widget_usage = WidgetUsage()
+        self.api_keys = ApiKeys(self.database)
+        self.bans = Bans(self.database)
+        self.usage = UsageBook(self.database)
+        self.widget_keys = WidgetKeys(self.database)
+        self.key_usage = KeyUsage(counts_of(config.limits.limits_url))
         self.embed_tokens = EmbedTokens([secret.encode() for secret in known] or [secrets.token_bytes(32)])
 
     @property
@@ -138,8 +154,41 @@ class Site:
         """Whether new visitors can be served."""
         return self.models.is_ready and not self.drain.is_started
 
+    def quota(self, caller: Caller) -> Quota | None:
+        """Return what a caller may use: what the API key allows, or the address; a widget key's is `EmbeddedChat`'s."""
+        if caller.api_key is not None:
+            return caller.api_key.quota
+        return address_quota(caller.address, self.config.limits)
+
+    def _gauges(self) -> dict[str, float]:
+        """Return what `app.site_metrics.GAUGES` names."""
+        return {
+            "umbel_site_ready": self.is_ready,
+            "umbel_site_draining": self.drain.is_started,
+            "umbel_sockets_open": self.sockets.taken,
+            "umbel_sockets_max": self.sockets.limit,
+            "umbel_answers_running": self.queue.num_running,
+            "umbel_answers_running_max": self.config.generation.running_max,
+            "umbel_answers_waiting": self.queue.num_waiting,
+            "umbel_http_generations": self.http_generations.taken,
+            "umbel_process_threads": threading.active_count(),
+        }
+
     def start(self, is_alive: Callable[[], bool], on_ready: Callable[[], None], on_failed: Callable[[], None]) -> None:
         """Open the models and watch for the end. Called once, in the process that serves, after any fork."""
         self.drain.watch(is_alive)
         self.models.start(on_ready, on_failed)
         self.canary.start(lambda: self.drain.is_started)
+        chores = (
+            Chore("bans", self.bans.refresh, REFRESH_S),
+            Chore("usage", self.usage.flush, FLUSH_S),
+            Chore("leases", self.key_usage.renew, LEASE_S / 4),
+        )
+        self.bans.leave_to_keeper()
+        Keeper(chores).start()
+
+    def close(self) -> None:
+        """Let the models go, and write what was counted. Called once, at the end of the process."""
+        self.models.close()
+        self.usage.flush()
+        self.database.close()

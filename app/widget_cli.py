@@ -3,9 +3,9 @@
 import argparse
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 
 from app.config import SiteConfig
+from app.database import Database
 from app.widget_keys import THEMES, WidgetKey, WidgetKeys
 from swarm_protocol.errors import ConfigError
 
@@ -15,8 +15,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     widget = commands.add_parser(
         "widget",
         help="make, list and revoke keys of embedded chats",
-        description="Make, list and revoke the keys with which other pages embed the chat. They are kept in the file "
-        "that UMBEL_WIDGET_KEYS_FILE names, which a running site reads again by itself.",
+        description="Make, list and revoke the keys with which other pages embed the chat. They are kept in the "
+        "site's database (UMBEL_DATABASE_URL); a running site takes changes up within seconds.",
     )
     actions = widget.add_subparsers(dest="action", required=True)
     create = actions.add_parser("create", help="make a key and print it")
@@ -41,10 +41,8 @@ def _line(key: WidgetKey) -> str:
 
 
 def run(options: argparse.Namespace, config: SiteConfig) -> int:
-    """Carry out a parsed command; return the exit status. Raises ConfigError."""
-    if not config.widget_keys_file:
-        raise ConfigError("UMBEL_WIDGET_KEYS_FILE names no file to keep widget keys in")
-    keys = WidgetKeys(Path(config.widget_keys_file))
+    """Carry out a parsed command; return the exit status. Raises ConfigError and DatabaseUnavailableError."""
+    keys = WidgetKeys(Database(config.database_url))
     match options.action:
         case "create":
             key = keys.create(

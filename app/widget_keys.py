@@ -1,25 +1,24 @@
-"""Widget keys: who may embed the chat, with which model, prompt and limits. The operator keeps them in a file.
+"""Widget keys: who may embed the chat, with which model, prompt and limits. They are in the site's database.
 
-A key stands in the source of public pages: it is an identifier and no secret. Whoever changes the file changes what the
-site does with the next request: it is read again when it was written.
+A key stands in the source of public pages: it is an identifier and no secret. What is changed holds in every process
+within `FRESH_S`.
 """
 
-import json
-import logging
-import os
 import secrets
-import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
 
+from sqlalchemy import Row, insert, select, update
+
+from app.database import Database
+from app.fresh import FRESH_S, Fresh
+from app.key_usage import Quota
 from app.security import normal_origin
+from app.tables import widget_keys
 from swarm_protocol.errors import ConfigError
 
-logger = logging.getLogger(__name__)
+__all__ = ["FRESH_S", "THEMES", "WidgetKey", "WidgetKeys"]
 
 THEMES = ("auto", "light", "dark")
 
@@ -39,6 +38,11 @@ class WidgetKey:
     is_enabled: bool
     created_at: float
 
+    @property
+    def quota(self) -> Quota:
+        """What all its readers together may use."""
+        return Quota(self.key, self.requests_per_minute, self.tokens_per_day, who="this chat")
+
 
 def _checked(key: WidgetKey) -> WidgetKey:
     """Return a key with its origins as browsers write them. Raises ConfigError."""
@@ -55,71 +59,39 @@ def _checked(key: WidgetKey) -> WidgetKey:
     return replace(key, origins=tuple(origin for origin in origins if origin is not None))
 
 
-def _read(path: Path) -> dict[str, WidgetKey]:
-    """Return the keys of a file. Raises ConfigError when it is none of ours."""
-    try:
-        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, list):
-            raise TypeError("a list is expected")
-        keys = [_checked(WidgetKey(**{**values, "origins": tuple(values["origins"])})) for values in found]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{path} is no file of widget keys: {error}") from None
-    return {key.key: key for key in keys}
+_COLUMNS = [widget_keys.c[name] for name in WidgetKey.__slots__]
+
+
+def _key_of(row: Row[*tuple[object, ...]]) -> WidgetKey:
+    values = row._asdict()
+    return WidgetKey(**{**values, "origins": tuple(values["origins"].split())})
 
 
 class WidgetKeys:
-    """The keys of a site. Any thread; several processes may read one file, and one at a time change it."""
+    """The keys of a site. Any thread, several processes."""
 
-    def __init__(self, path: Path | None = None) -> None:
-        """`path` None keeps keys for as long as the process lives. Raises ConfigError for a file of something else."""
-        self._path = path
-        self._lock = threading.Lock()
-        self._keys: dict[str, WidgetKey] = {}
-        self._version: tuple[int, int] | None = None
-        self._load(is_first=True)
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._found: Fresh[str, WidgetKey | None] = Fresh(self._read)
 
-    def _load(self, *, is_first: bool = False) -> None:
-        """Read the file if it is another one than last time. Called by one thread at a time."""
-        if self._path is None:
-            return
-        try:
-            status = os.stat(self._path)
-        except FileNotFoundError:
-            self._keys, self._version = {}, None
-            return
-        version = (status.st_mtime_ns, status.st_ino)
-        if version == self._version:
-            return
-        self._version = version
-        try:
-            self._keys = _read(self._path)
-        except ConfigError as error:
-            if is_first:
-                raise
-            logger.error("widget keys stay as they were: %s", error)
-
-    def _save(self, keys: dict[str, WidgetKey]) -> None:
-        self._keys = keys
-        if self._path is None:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps([asdict(key) for key in keys.values()], indent=2)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=self._path.parent, delete=False) as file:
-            file.write(text)
-        os.chmod(file.name, 0o644)  # the site may run as another user; nothing in it opens anything
-        os.replace(file.name, self._path)  # a reader finds the old file or the new one, and never half of one
+    def _read(self, key: str) -> WidgetKey | None:
+        with self._database.reading() as connection:
+            if connection is None:
+                return None
+            row = connection.execute(select(*_COLUMNS).where(widget_keys.c.key == key)).one_or_none()
+        return None if row is None else _key_of(row)
 
     def find(self, key: str) -> WidgetKey | None:
-        """Return a key, which may be disabled."""
-        with self._lock:
-            self._load()
-            return self._keys.get(key)
+        """Return a key, which may be disabled. Raises DatabaseUnavailableError."""
+        return self._found.get(key)
 
     def list(self) -> tuple[WidgetKey, ...]:
-        """Return all keys, the oldest first."""
-        with self._lock:
-            self._load()
-            return tuple(self._keys.values())
+        """Return all keys, the oldest first. Raises DatabaseUnavailableError."""
+        with self._database.reading() as connection:
+            if connection is None:
+                return ()
+            order = (widget_keys.c.created_at, widget_keys.c.key)
+            return tuple(map(_key_of, connection.execute(select(*_COLUMNS).order_by(*order))))
 
     def create(
         self,
@@ -132,24 +104,22 @@ class WidgetKeys:
         requests_per_minute: int | None = None,
         tokens_per_day: int | None = None,
     ) -> WidgetKey:
-        """Make a key and keep it. Raises ConfigError for what no key can have."""
+        """Make a key and keep it. Raises ConfigError for what no key can have, and DatabaseUnavailableError."""
         name_of_key = f"wk_{secrets.token_hex(8)}"
         key = _checked(
             WidgetKey(
                 name_of_key, name, tuple(origins), model, system_prompt, theme, requests_per_minute, tokens_per_day,
-                True, round(time.time()),
+                True, time.time(),
             )
         )  # fmt: skip
-        with self._lock:
-            self._load()
-            self._save({**self._keys, key.key: key})
+        with self._database.writing() as connection:
+            connection.execute(insert(widget_keys), {**asdict(key), "origins": " ".join(key.origins)})
+        self._found.forget()
         return key
 
     def revoke(self, key: str) -> bool:
-        """Let a key be used no more; return whether there was one."""
-        with self._lock:
-            self._load()
-            found = self._keys.get(key)
-            if found is not None:
-                self._save({**self._keys, key: replace(found, is_enabled=False)})
-            return found is not None
+        """Let a key be used no more; return whether there was one. Raises DatabaseUnavailableError."""
+        with self._database.writing() as connection:
+            changed = connection.execute(update(widget_keys).where(widget_keys.c.key == key).values(is_enabled=False))
+        self._found.forget()
+        return changed.rowcount > 0

@@ -38,6 +38,18 @@ export async function promptDialog({ title, label, value, action }) {
   return (await answered) === 'yes' ? field.value.trim() : null;
 }
 
+/** Show fields with a button that does what `action` names; resolves to whether it was pressed. */
+export async function question({ title, content, action }) {
+  // The first submit button is what Enter presses in a field.
+  const yes = h('button', { type: 'submit', value: 'yes', class: 'text-button primary' }, action);
+  return (await ask(title, content, [yes, cancelButton()])) === 'yes';
+}
+
+/** Tell something that was not to be missed. */
+export function showNote({ title, text }) {
+  return ask(title, h('p', {}, text), [h('button', { type: 'submit', value: '', class: 'text-button' }, t('dialog.close'))]);
+}
+
 /** Show the list of shortcuts. */
 export function showShortcuts() {
   if (document.querySelector('dialog[open]')) return;

@@ -12,6 +12,7 @@ import { setLanguage } from './language.js';
 import { Library } from './library.js';
 import { copyText } from './message-actions.js';
 import { Follower } from './scroll.js';
+import { reportAnswer } from './report.js';
 import { Settings } from './settings.js';
 import { shortcutOf } from './shortcuts.js';
 import { Sidebar } from './sidebar.js';
@@ -54,7 +55,8 @@ let modelId = (swarm.get(settings.model) ?? swarm.models[0])?.id ?? null;
 connection.model = modelId;
 const chat = new Chat({ connection, library, params: () => settings.params, maxFrameBytes: config.max_frame_bytes, say });
 const onCopied = (isCopied) => say(t(isCopied ? 'status.copied' : 'status.copy_refused'));
-const transcript = new Transcript({ chat, onCopied, onNew: () => newChat() });
+const report = config.reports ? (told) => reportAnswer({ ...told, model: modelId, say }) : null;
+const transcript = new Transcript({ chat, onCopied, onNew: () => newChat(), report });
 const sidebar = new Sidebar({ library, currentId: () => chat.conversation.id, onRename, onDelete, say });
 setUpFiles({ library, current: () => chat.conversation, say, onImported: () => show(library.get(chat.conversation.id)) });
 

@@ -11,6 +11,7 @@ const ICONS = {
   again: 'M19 12a7 7 0 1 1-2.5-5.4M19 4v4h-4',
   previous: 'M14 6l-6 6 6 6',
   next: 'M10 6l6 6-6 6',
+  report: 'M6 21V4M6 5h12l-3 4 3 4H6',
   delete: 'M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13',
 };
 
@@ -44,7 +45,8 @@ export async function copyText(text) {
 
 /**
  * The foot of a message. Handlers: `onCopied(isCopied)`, `onEdit(key, content)`, `onRegenerate(key)`,
- * `onContinue()`, `onSwitch(key, step)`.
+ * `onContinue()`, `onSwitch(key, step)`, and `onReport(key)`, which resolves to whether it was sent, where answers can be
+ * reported.
  */
 export class MessageActions {
   #count = h('span', { class: 'version' });
@@ -53,6 +55,8 @@ export class MessageActions {
   #versions;
   #change;
   #continue;
+  #report;
+  #isReported = false;
   #message = null;
 
   constructor(role, handlers) {
@@ -66,8 +70,17 @@ export class MessageActions {
       : iconButton('again', t('answer.again'), () => handlers.onRegenerate(this.#message.key));
     const copy = copyButton(t(isUser ? 'message.copy' : 'answer.copy'), () => this.#message.content, handlers.onCopied);
     this.#continue = isUser ? null : h('button', { type: 'button', class: 'text-button small', onclick: () => handlers.onContinue() }, t('answer.continue'));
+    this.#report = isUser || !handlers.onReport ? null : iconButton('report', t('report.button'), () => this.#tell(handlers.onReport));
     this.stats = h('span', { class: 'stats' });
-    this.element = h('div', { class: 'foot' }, this.#versions, copy, this.#change, this.#continue ?? '', this.stats);
+    this.element = h('div', { class: 'foot' }, this.#versions, copy, this.#change, this.#report ?? '', this.#continue ?? '', this.stats);
+  }
+
+  async #tell(onReport) {
+    if (this.#isReported || !(await onReport(this.#message.key))) return;
+    this.#isReported = true; // but not disabled, which would take the focus away
+    this.#report.replaceChildren(icon(ICONS.check));
+    this.#report.setAttribute('aria-label', t('report.sent'));
+    this.#report.title = t('report.sent');
   }
 
   /**
@@ -81,6 +94,7 @@ export class MessageActions {
     this.#previous.disabled = isBusy || index === 0;
     this.#next.disabled = isBusy || index === count - 1;
     this.#change.disabled = isBusy;
+    if (this.#report) this.#report.hidden = message.content === '' || message.state === 'waiting' || message.state === 'streaming';
     if (this.#continue) this.#continue.hidden = isBusy || !isLast || !canContinue(message);
     this.element.hidden = message.role === 'assistant' && message.content === '' && message.outcome === null && count < 2;
   }

@@ -14,8 +14,11 @@ export class Transcript {
   /** @type {Map<number, MessageView>} */
   #views = new Map();
 
-  /** `onCopied(isCopied)` tells of copying; `onNew()` begins another chat, where this one is too long to go on. */
-  constructor({ chat, onCopied, onNew }) {
+  /**
+   * `onCopied(isCopied)` tells of copying; `onNew()` begins another chat, where this one is too long to go on. `report` takes
+   * {messages} up to an answer, where answers can be reported.
+   */
+  constructor({ chat, onCopied, onNew, report = null }) {
     this.#chat = chat;
     this.#onNew = onNew;
     this.#handlers = {
@@ -24,6 +27,7 @@ export class Transcript {
       onContinue: () => chat.continue(),
       onRegenerate: (key) => chat.again(key),
       onSwitch: (key, step) => chat.switchVersion(key, step),
+      onReport: report && ((key) => report(this.#upTo(key))),
     };
   }
 
@@ -54,6 +58,13 @@ export class Transcript {
       view.update(message, { ...version(conversation, message), isBusy: this.#chat.isGenerating, isLast: message === shown.at(-1) });
     }
     this.#paintAlert();
+  }
+
+  /** Return what was said up to a message, as {messages}. */
+  #upTo(key) {
+    const shown = path(this.#chat.conversation);
+    const said = shown.slice(0, shown.findIndex((message) => message.key === key) + 1).filter(({ content }) => content !== '');
+    return { messages: said.map(({ role, content }) => ({ role, content })) };
   }
 
   /** Turn a message into a form. */

@@ -5,9 +5,7 @@ Adds `/test/counts` to the site, which tells what the fake and gunicorn counted.
 
 import argparse
 import json
-import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -17,8 +15,17 @@ from typing import Any
 
 from flask import Flask, Response, jsonify
 
-from app.config import GenerationLimits, SecurityConfig, SiteConfig, SocketLimits, StatusConfig
+from app.config import (
+    AddressLimits,
+    GenerationLimits,
+    OperationConfig,
+    SecurityConfig,
+    SiteConfig,
+    SocketLimits,
+    StatusConfig,
+)
 from app.factory import create_app, site_of
+from app.logs import configure_logs
 from app.model_registry import ModelRegistry, ModelSource
 from app.server import serve
 from tests.app.fake_swarm import FakeModel, TalkingModel, scripted_reply
@@ -97,7 +104,6 @@ def main() -> None:
     parser.add_argument("--swarm", default="complete", choices=SWARMS, help="who has the models' blocks")
     options = parser.parse_args()
     settings = json.loads(options.settings)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     config = SiteConfig(
         port=options.port,
         http_threads=16,
@@ -105,8 +111,12 @@ def main() -> None:
         generation=replace(GenerationLimits(), **settings.get("generation", {})),
         security=replace(SecurityConfig(), **settings.get("security", {})),
         status=replace(StatusConfig(canary_s=0.0), **settings.get("status", {})),
+        operation=replace(OperationConfig(), **settings.get("operation", {})),
+        limits=replace(AddressLimits(), **settings.get("limits", {})),
         initial_peers=tuple(settings.get("initial_peers", ())),
+        database_url=settings.get("database_url", "sqlite://"),
     )
+    configure_logs(config.operation)
     models = [
         TalkingModel(
             name=name,

@@ -336,14 +336,17 @@ WAIT_S = 20.0  # of the step that `stuck` asks for, unless it is cancelled
 def scripted_reply(text: str) -> Sequence[str]:
     """Choose an answer by the question's first word: an error's, `long`, `wide`, `stuck` and the like.
 
-    `replaced` loses a node and goes on, `vanish` waits for one in vain. Any other word gets the one on umbels.
+    `replaced` loses a node and goes on, `vanish` waits for one in vain, `mirror` says what follows, `quote` is a
+    bug that tells all of it. Any other word gets the one on umbels.
     """
     words = text.strip().split(" ")
     word = words[0]
     if word == "huge":  # `huge list 1000`
         return PIECES.findall(huge(words[1], int(words[2])))
-    if word in ERRORS:
+    if word in ERRORS or word == "quote":
         return ["!raise " + word]
+    if word == "mirror":
+        return PIECES.findall(text.removeprefix("mirror "))
     special = {
         "long": PIECES.findall(LONG),
         "wide": ["w" * 200_000] * 200,
@@ -406,5 +409,7 @@ class TalkingSession(FakeSession):
         return super()._step_is_cancelled()
 
     def _raise_scripted(self, number: int) -> None:
+        if self._script and self._script[0] == "!raise quote":  # as a library would that shows what it choked on
+            raise ValueError(f"cannot do that with {self._script.pop(0)} of {self.text}")
         if self._script and self._script[0].startswith("!raise "):
             raise ERRORS[self._script.pop(0).removeprefix("!raise ")]

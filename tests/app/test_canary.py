@@ -7,6 +7,7 @@ import pytest
 from app.canary import FIRST_S, Canary, CanaryTimeoutError, is_due, timed_answer
 from app.canary_history import CanaryHistory, CanaryRun
 from app.config import StatusConfig
+from app.database import IN_MEMORY, Database
 from app.generation_queue import GenerationQueue
 from app.model_registry import ModelRegistry, ModelSource
 from app.swarm_board import SwarmBoard
@@ -44,7 +45,7 @@ class World:
         registry = ModelRegistry([ModelSource(model.name, lambda model=model: model) for model in models])
         registry.load()
         self.queue = GenerationQueue(4, 4)
-        self.history = CanaryHistory()
+        self.history = CanaryHistory(Database(IN_MEMORY))
         board = SwarmBoard(registry, self.queue, "0.1.0", clock=lambda: self.now)
         config = StatusConfig(canary_s=PERIOD_S, canary_tokens=6)
         self.canary = Canary(registry, self.queue, self.history, board.report, config, lambda: self.now)

@@ -1,26 +1,23 @@
 """How test answers went outlives a restart, is forgotten after a month, and harms nothing when it cannot be kept."""
 
-import sqlite3
 import threading
-from pathlib import Path
 
 import pytest
 
 from app.canary_history import CanaryHistory, CanaryRun
-from app.config import SiteConfig, StatusConfig
+from app.config import SiteConfig
+from app.database import Database
 from app.factory import create_app, site_of
 from app.model_registry import ModelRegistry
 from app.swarm_history import DAY_S, MONTH_S
-from swarm_protocol.errors import ConfigError
 
 
 def run(at: float, model: str = "m", outcome: str = "ok") -> CanaryRun:
     return CanaryRun(model, at, outcome, 0.5, None, 2)
 
 
-@pytest.mark.parametrize("name", ["", "folder/history.db"])
-def test_runs_come_back_in_order_from_a_time_on(tmp_path: Path, name: str) -> None:
-    history = CanaryHistory(str(tmp_path / name) if name else "")
+def test_runs_come_back_in_order_from_a_time_on(database: Database) -> None:
+    history = CanaryHistory(database)
     for at in (30.0, 10.0, 20.0):
         history.add(run(at))
     history.add(run(15.0, "other"))
@@ -28,30 +25,29 @@ def test_runs_come_back_in_order_from_a_time_on(tmp_path: Path, name: str) -> No
     history.forget("m")
     assert list(history.since("m", 0.0)) == []
     assert list(history.since("other", 0.0)) == [run(15.0, "other")]
-    history.close()
 
 
-def test_a_file_outlives_the_site(tmp_path: Path) -> None:
-    config = SiteConfig(status=StatusConfig(history_file=str(tmp_path / "history.db")))
+def test_runs_outlive_the_site(database_url: str) -> None:
+    Database(database_url).upgrade()
+    config = SiteConfig(database_url=database_url)
     first = site_of(create_app(config, ModelRegistry([])))
     first.history.add(run(10.0))
-    first.history.close()
+    first.database.close()
     second = site_of(create_app(config, ModelRegistry([])))
     assert list(second.history.since("m", 0.0)) == [run(10.0)]
-    second.history.close()
+    second.database.close()
 
 
-def test_what_is_older_than_a_month_is_forgotten(tmp_path: Path) -> None:
-    history = CanaryHistory(str(tmp_path / "history.db"))
+def test_what_is_older_than_a_month_is_forgotten(database: Database) -> None:
+    history = CanaryHistory(database)
     for at in (0.0, DAY_S, MONTH_S + DAY_S):
         history.add(run(at))
     assert [each.started_at for each in history.since("m", 0.0)] == [DAY_S, MONTH_S + DAY_S]
-    history.close()
 
 
-def test_processes_and_threads_share_a_file(tmp_path: Path) -> None:
-    path = str(tmp_path / "history.db")
-    first, second = CanaryHistory(path), CanaryHistory(path)
+def test_processes_and_threads_share_them(database: Database, database_url: str) -> None:
+    other = Database(database_url)
+    first, second = CanaryHistory(database), CanaryHistory(other)
 
     def add(history: CanaryHistory, begin: int) -> None:
         for number in range(20):
@@ -63,24 +59,16 @@ def test_processes_and_threads_share_a_file(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(60)
     assert len(first.since("m", 0.0)) == len(second.since("m", 0.0)) == 80
-    first.close()
-    second.close()
+    other.close()
 
 
-def test_files_that_are_no_use_are_named(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("this is no database, and long enough to be seen as none")
-    newer = sqlite3.connect(tmp_path / "newer.db")
-    newer.execute("PRAGMA user_version = 7")
-    newer.close()
-    for name in ("text", "newer.db", "text/below"):
-        with pytest.raises(ConfigError, match="history file"):
-            CanaryHistory(str(tmp_path / name))
-
-
-def test_a_file_that_breaks_later_is_logged_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    history = CanaryHistory(str(tmp_path / "history.db"))
-    history.close()
+def test_a_database_that_breaks_later_is_logged_only(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    history = CanaryHistory(database)
     history.add(run(10.0))
+    with database.writing() as connection:
+        connection.exec_driver_sql("DROP TABLE canary_runs")
+    history.add(run(20.0))
     assert list(history.since("m", 0.0)) == []
     assert "could not be kept" in caplog.text
     assert "could not be read" in caplog.text
+    assert "canary_runs" in caplog.text

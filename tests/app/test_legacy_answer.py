@@ -1,22 +1,38 @@
 """The predecessor's replies and stop sequences, with scripted pieces of text."""
 
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.answering import AnswerFacts, answering
+from app.caller import Caller
+from app.config import SiteConfig
 from app.legacy_answer import LegacyAnswer, StopRules
 from app.legacy_generation import LegacyPlan, legacy_replies, legacy_sampling, plan_answer
+from app.model_registry import ModelRegistry
 from app.request_models import LegacyGenerate
+from app.site import Site
 from swarm_client.generation.text_session import TextDelta
 from swarm_protocol.errors import InvalidRequestError, MaxLengthError
 from tests.app.fake_swarm import FakeModel
+
+SITE = Site(SiteConfig(), ModelRegistry([]))
+
+
+FACTS = AnswerFacts("test", "m", "", Caller("192.0.2.1"))
+
+
+def replies_to(model, session, request):
+    return legacy_replies(model, session, request, partial(answering, SITE, FACTS))
 
 
 def answer_of(script, request, max_length=100, prompt="Q"):
     """Return the replies to one generate as tuples, and the session."""
     model = FakeModel(script=script)
     session = model.open_session(max_length)
-    replies = list(legacy_replies(model, session, LegacyGenerate(inputs=prompt, **request)))
+    replies = list(replies_to(model, session, LegacyGenerate(inputs=prompt, **request)))
     return [(reply.outputs, reply.stop, reply.token_count) for reply in replies if reply is not None], session
 
 
@@ -78,7 +94,7 @@ def test_an_answer_without_its_stop_ends_in_the_length_error():
     session = model.open_session(10)
     replies = []
     with pytest.raises(MaxLengthError, match="Maximum length exceeded: prefix 9"):
-        replies.extend(legacy_replies(model, session, LegacyGenerate(inputs="Q", max_new_tokens=2, stop_sequence="#")))
+        replies.extend(replies_to(model, session, LegacyGenerate(inputs="Q", max_new_tokens=2, stop_sequence="#")))
     assert len(session.ids) == 9
 
 
@@ -122,9 +138,9 @@ def test_a_first_generate_needs_inputs_and_later_ones_go_on():
     model = FakeModel(script=["a", "b"])
     session = model.open_session(20)
     with pytest.raises(InvalidRequestError, match="inputs"):
-        list(legacy_replies(model, session, LegacyGenerate(max_new_tokens=1)))
-    list(legacy_replies(model, session, LegacyGenerate(inputs="Q", max_new_tokens=1)))
-    list(legacy_replies(model, session, LegacyGenerate(max_new_tokens=1)))
+        list(replies_to(model, session, LegacyGenerate(max_new_tokens=1)))
+    list(replies_to(model, session, LegacyGenerate(inputs="Q", max_new_tokens=1)))
+    list(replies_to(model, session, LegacyGenerate(max_new_tokens=1)))
     assert session.text == "Qab"
 
 

@@ -1,8 +1,11 @@
 """What strangers can put in front of readers, send to the site, or make other people's browsers send to it."""
 
+from contextlib import suppress
+
 import httpx
 import pytest
 from flask import Flask
+from websockets.exceptions import ConnectionClosed
 
 from app.config import SecurityConfig, SiteConfig
 from app.factory import create_app, site_of
@@ -139,6 +142,7 @@ def test_protocol_3_is_refused_to_pages_of_others_whatever_they_say_first(site, 
     for first in ({"type": "open", "protocol": 3}, {"type": "open", "protocol": 3, "model": "umbel/fake-1b"}):
         with Client(site, origin=origin) as client:
             client.send(**first)
-            client.generate("hi")
+            with suppress(ConnectionClosed):  # the site may have hung up already
+                client.generate("hi")
             assert client.receive()["code"] == "origin_not_allowed"
             assert client.close_code() == 4403

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.canary import runs_of
 from app.canary_history import CanaryHistory, CanaryRun
 from app.config import SiteConfig
+from app.database import IN_MEMORY, Database
 from app.factory import create_app, site_of
 from app.generation_queue import GenerationQueue
 from app.model_registry import ModelRegistry, ModelSource
@@ -25,7 +26,7 @@ def values(*models: FakeModel, loaded: bool = True) -> dict[tuple[str, ...], flo
     registry = ModelRegistry([ModelSource(model.name, lambda model=model: model) for model in models])
     if loaded:
         registry.load()
-    history = CanaryHistory()
+    history = CanaryHistory(Database(IN_MEMORY))
     history.add(CanaryRun("umbel/fake-1b", NOW - 10, "ok", 0.5, 5.0, 1))
     history.add(CanaryRun("umbel/fake-1b", NOW - 5, "timeout", None, None, 1))
     board = SwarmBoard(registry, GenerationQueue(1, 1), "0.1.0", runs_of(history, lambda: NOW), lambda: NOW)

@@ -6,6 +6,7 @@ import { Connection } from '../connection.js';
 import { byId } from '../dom.js';
 import { t } from '../i18n.js';
 import { Library } from '../library.js';
+import { reportAnswer } from '../report.js';
 import { Follower } from '../scroll.js';
 import { Transcript } from '../transcript.js';
 import { lastShown } from '../conversation.js';
@@ -41,7 +42,8 @@ connection.addEventListener('event', ({ detail }) => REFUSALS.has(detail.code) &
 
 const chat = new Chat({ connection, library, params: () => ({}), maxFrameBytes: config.max_frame_bytes, say });
 const onCopied = (isCopied) => say(t(isCopied ? 'status.copied' : 'status.copy_refused'));
-const transcript = new Transcript({ chat, onCopied, onNew: newChat });
+const report = config.reports ? (told) => reportAnswer({ ...told, say }) : null;
+const transcript = new Transcript({ chat, onCopied, onNew: newChat, report });
 const composer = new Composer({ onSend: (text) => chat.send(text), onStop: () => chat.stop(), onType: () => connection.connect() });
 
 chat.addEventListener('change', () => {
@@ -129,7 +131,7 @@ bridge.addEventListener('message', ({ detail }) => actions[detail.type](detail))
 byId('new-chat').addEventListener('click', newChat);
 byId('close').addEventListener('click', () => bridge.post('close'));
 addEventListener('keydown', (event) => {
-  if (event.key !== 'Escape' || event.isComposing) return;
+  if (event.key !== 'Escape' || event.isComposing || document.querySelector('dialog[open]')) return;
   if (chat.isGenerating) chat.stop();
   else if (look.canClose) bridge.post('close');
 });

@@ -1,0 +1,3 @@
+"""The steps, in the order of their numbers. One that was released is never changed."""
+
+__all__: list[str] = []
