@@ -203,11 +203,15 @@ def test_the_end_is_followed_only_by_readers_who_are_there(page: Page) -> None:
     expect(answer(page)).to_contain_text("stopped")
 
 
-def test_a_restart_is_told(page: Page) -> None:
+def test_a_restart_is_told_and_followed(page: Page) -> None:
     with running_site("--delay", "0.03") as site:
         page.goto(site.url)
         ask(page, "stuck")
         expect(answer(page)).to_contain_text("one two")
         site.process.terminate()
         expect(page.get_by_role("alert")).to_contain_text("restarting")
+        site.process.wait(20)
+    with running_site("--delay", "0.001", "--port", site.url.rpartition(":")[2]):
+        ask(page, "hi")
+        expect(answer(page)).to_contain_text("all bloom this way", timeout=30_000)
         page.goto("about:blank")
