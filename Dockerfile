@@ -9,7 +9,7 @@ COPY . .
 # Ranges are pyproject.toml's.
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "torch>=2.6" \
-    && pip install --no-cache-dir --editable ".[node,app]" \
+    && pip install --no-cache-dir --editable ".[node,app,postgres]" \
     && useradd --uid 10001 --create-home umbel \
     && install -d -o umbel -g umbel /var/lib/umbel
 
