@@ -21,7 +21,7 @@ HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 CONSTRAINTS := $(if $(HAS_GPU),,-c constraints-cpu.txt)
 TORCH := $(if $(HAS_GPU),torch,$(shell grep '^torch==' constraints-cpu.txt))
 
-.PHONY: install demo test lint bench chromium clean
+.PHONY: install demo test lint bench chromium postgresql redis clean
 
 install: $(STAMP)
 
@@ -49,7 +49,7 @@ lint: $(STAMP)
 
 # Files of tests are shared among processes, a file in one of them, so that it starts its sites and models once. They are
 # begun in the order of their names: pytest-xdist's own order has those with few tests last, which are the longest.
-test: lint chromium
+test: lint chromium postgresql redis
 	if command -v node >/dev/null; then node --test tests/js/*.test.mjs; else echo "no node: the JavaScript units are not run"; fi
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
@@ -59,6 +59,22 @@ chromium:
 	  { echo "umbel: installing Chromium for the browser tests …" >&2; \
 	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	      chromium fonts-dejavu-core; } >/dev/null; }
+
+# The database's tests start servers of their own; the one that Debian makes with the package is left out.
+postgresql:
+	@test -n "$$(ls -d /usr/lib/postgresql/*/bin 2>/dev/null)" || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || \
+	  { echo "umbel: installing PostgreSQL for the database's tests …" >&2; mkdir -p /etc/postgresql-common; \
+	    test -e /etc/postgresql-common/createcluster.conf || \
+	      echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf; \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	      -o Dpkg::Options::=--force-confold postgresql; } >/dev/null; }
+
+# Likewise; the run level keeps Debian from starting one that nobody asked for.
+redis:
+	@command -v redis-server >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || \
+	  { echo "umbel: installing Redis for the tests of shared limits …" >&2; \
+	    { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	      redis-server; } >/dev/null; }
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.decode

@@ -22,10 +22,20 @@ import server_node.flags
 import swarm_client
 from app import chat_protocol as chat
 from app import errors as site_errors
-from app.config import GenerationLimits, SecurityConfig, SiteConfig, SocketLimits, StatusConfig, config_from_env
+from app.config import (
+    AddressLimits,
+    GenerationLimits,
+    OperationConfig,
+    SecurityConfig,
+    SiteConfig,
+    SocketLimits,
+    StatusConfig,
+    config_from_env,
+)
 from app.limits import CloseCode
 from app.native_generation import offered_defaults, offered_limits
 from app.request_models import OneShot
+from app.site_metrics import GAUGES, SiteMetrics
 from server_node.config import ComputeChoice, ModelChoice, NodeConfig, NodeLimits
 from server_node.metrics import metrics_text
 from server_node.status import NodeStatus
@@ -43,15 +53,27 @@ from swarm_protocol.transport.network_config import NetworkConfig
 
 PART = RoutePart(Span(0, 1), PeerId("p"))
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("wire", "session", "configuration", "running-a-node", "api", "threat-model", "status-page")
+PAGES = (
+    "wire",
+    "session",
+    "configuration",
+    "running-a-node",
+    "api",
+    "threat-model",
+    "status-page",
+    "running-a-site",
+    "database",
+)
 FILES = [*(ROOT / "docs" / f"{name}.md" for name in PAGES)]
 FILES += [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 
 CONFIGS = (
     NodeConfig, ModelChoice, ComputeChoice, NetworkConfig, NodeLimits, SiteConfig, SocketLimits, GenerationLimits,
-    SecurityConfig, StatusConfig, ClientConfig,
+    SecurityConfig, StatusConfig, OperationConfig, AddressLimits, ClientConfig,
 )  # fmt: skip
-SITE_CONFIGS = (SiteConfig, SocketLimits, GenerationLimits, SecurityConfig, StatusConfig)
+SITE_CONFIGS = (
+    SiteConfig, SocketLimits, GenerationLimits, SecurityConfig, StatusConfig, OperationConfig, AddressLimits
+)  # fmt: skip
 NODE_CONFIGS = (NodeConfig, ModelChoice, ComputeChoice, NetworkConfig)
 
 FLAG_SAMPLES = {
@@ -193,7 +215,8 @@ def built_by_node(*arguments: str) -> dict[type, object]:
 
 
 def built_by_site(config: SiteConfig) -> dict[type, object]:
-    return {type(part): part for part in (config, config.sockets, config.generation, config.security, config.status)}
+    parts = (getattr(config, field.name) for field in dataclasses.fields(config))
+    return {type(part): part for part in (config, *(part for part in parts if dataclasses.is_dataclass(part)))}
 
 
 def test_every_field_has_a_row_in_its_order() -> None:
@@ -228,6 +251,10 @@ def test_flags_of_nodes_set_the_field_of_their_row(row: Row) -> None:
     assert getattr(changed, row.field) != getattr(default, row.field)
 
 
+CHOICES = {"log_format": "json"}
+"""Values of fields that take only certain texts."""
+
+
 def test_variables_and_options_of_the_site_set_the_field_of_their_row() -> None:
     samples: dict[type, str] = {bool: "", int: "7", float: "7", str: "::1", tuple: "a,b"}
     for row in config_rows(SITE_CONFIGS):
@@ -236,6 +263,7 @@ def test_variables_and_options_of_the_site_set_the_field_of_their_row() -> None:
             assert not row.set_by
             continue
         sample = ("no" if default else "yes") if isinstance(default, bool) else samples[type(default)]
+        sample = CHOICES.get(row.field, sample)
         variable, *options = row.set_by
         assert variable == ("PORT" if row.field == "port" else f"UMBEL_{row.field.upper()}")
         changed = built_by_site(config_from_env({variable: sample}))[row.config]
@@ -257,7 +285,8 @@ def test_no_flag_is_missing_and_none_is_invented() -> None:
     commands = {
         (server_node.cli.main, "run"), (server_node.cli.main, "bootstrap"),
         (server_node.cli.main, "drain"), (server_node.cli.main, "status"), (server_node.cli.main, "benchmark"),
-        (app.cli.main, "serve"), (app.cli.main, "demo"), (app.cli.main, "widget create"),
+        (app.cli.main, "serve"), (app.cli.main, "check"), (app.cli.main, "demo"), (app.cli.main, "widget create"),
+        (app.cli.main, "keys create"), (app.cli.main, "ban add"), (app.cli.main, "usage"),
     }  # fmt: skip
     known = set().union(*(help_of(main, *command.split()) for main, command in commands))
     named = {
@@ -265,7 +294,8 @@ def test_no_flag_is_missing_and_none_is_invented() -> None:
     }
     assert named == known
     for name in PAGES:
-        text = re.sub(r"^(?:curl|docker|gunicorn) .*$", "", page(name), flags=re.MULTILINE)
+        others = r"^(?:curl|docker|gunicorn|systemctl|useradd|certbot|\S+/pip) .*$"
+        text = re.sub(others, "", page(name), flags=re.MULTILINE)
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) <= known, name
 
 
@@ -393,6 +423,16 @@ def test_close_codes_and_error_codes_are_in_the_tables() -> None:
     own = [cls for cls in classes if issubclass(cls, errors.SwarmError)]
     reports = [site_errors.ErrorReport("", cls.code, "", cls.retryable, "") for cls in own]
     assert found == {(r.code, "yes" if r.retryable else "no", site_errors.http_status(r)) for r in reports}
+
+
+def test_metrics_of_sites_are_in_the_table() -> None:
+    metrics = SiteMetrics(lambda: dict.fromkeys(GAUGES, 0.0))
+    known = {family.name: family.type for family in metrics.registry.collect()}
+    (rows,) = tables(section(page("running-a-site"), "Metrics"))
+    named = {name for row in rows for name in code_spans(row[0])}
+    totals = {name.removesuffix("_total") for name in named}
+    assert totals == {name for name in known if name.startswith("umbel_")}
+    assert all((known[name.removesuffix("_total")] == "counter") == name.endswith("_total") for name in named)
 
 
 def test_metrics_of_nodes_are_in_the_table() -> None:

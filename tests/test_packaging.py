@@ -2,6 +2,7 @@
 
 import fnmatch
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def test_what_the_image_needs_is_copied_into_it() -> None:
 def is_source(path: Path) -> bool:
     made = (".*", "*.egg-info", "build", "dist", "__pycache__")
     return not any(fnmatch.fnmatch(path.name, pattern) for pattern in made)
+
+
+def test_every_folder_of_code_is_installed() -> None:
+    chosen = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = {name.removesuffix("*") for name in chosen}
+    folders = {path.parent for name in packages for path in (ROOT / name).rglob("*.py")}
+    assert ROOT / "app/migrations/versions" in folders
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
 def test_listening_is_possible_from_outside() -> None:
