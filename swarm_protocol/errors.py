@@ -28,7 +28,9 @@
     │   └── RevisionMismatchError     revision_mismatch
     ├── ModelError                    a checkpoint or an architecture that cannot be used
     │   ├── UnsupportedFamilyError    unsupported_family
-    │   └── CheckpointError           invalid_checkpoint
+    │   ├── CheckpointError           invalid_checkpoint
+    │   ├── InvalidAdapterError       invalid_adapter
+    │   └── AdapterMissingError       adapter_missing        retryable
     ├── InvalidRecordError            invalid_record
     ├── ConfigError                   invalid_config
     ├── InvalidRequestError           invalid_request
@@ -249,6 +251,18 @@ class CheckpointError(ModelError):
     """A checkpoint is missing, incomplete or of a kind that is not read (pickles are not)."""
 
     code = "invalid_checkpoint"
+
+
+class InvalidAdapterError(ModelError):
+    """What fine-tuning made cannot be used: files, shapes or values are wrong, or it is for another model."""
+
+    code = "invalid_adapter"
+
+
+class AdapterMissingError(ModelError):
+    """The node does not hold parts of an adapter that a request names; they can be sent to it."""
+
+    code, retryable = "adapter_missing", True
 
 
 class InvalidRecordError(SwarmError):
