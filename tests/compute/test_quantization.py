@@ -9,18 +9,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from server_node.compute import quantization, quantized_weights
 from server_node.compute.batch_runner import BatchRunner, Joining
 from server_node.compute.block_loader import load_blocks, module_bytes
 from server_node.compute.block_runner import BlockRunner
 from server_node.compute.opened_model import open_model
 from server_node.compute.packed_linears import pack_linears
-from server_node.compute.quantization import QuantizedLinear, Quantizer, quantized_bytes, scheme_of
+from server_node.compute.quantization import Quantizer, quantized_bytes, scheme_of
 from server_node.config import ModelChoice
 from swarm_protocol.errors import CheckpointError, ConfigError
-from swarm_protocol.model import open_checkpoint
+from swarm_protocol.model import open_checkpoint, quantized_linears, quantized_weights
 from swarm_protocol.model.checkpoint import Checkpoint
 from swarm_protocol.model.few_rows import speed_up
+from swarm_protocol.model.quantized_linears import QuantizedLinear
 from swarm_protocol.spans import Span
 from tests.tiny_models import TINY_CONFIGS, save_tiny_model
 
@@ -46,7 +46,7 @@ def quantized(kind: str, shape: tuple[int, int], dtype: torch.dtype = torch.floa
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of any size are quantized."""
-    monkeypatch.setattr(quantization, "_MIN_WEIGHTS", 1)
+    monkeypatch.setattr(quantized_linears, "_MIN_WEIGHTS", 1)
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -11,10 +11,11 @@ from torch.nn import functional
 from app.demo import find_model
 from server_node.compute.bitsandbytes_layers import BitsAndBytes
 from server_node.compute.block_loader import load_blocks
-from server_node.compute.quantization import QuantizedLinear, is_eligible, scheme_of
+from server_node.compute.quantization import scheme_of
 from swarm_protocol.model import load_ends, load_span, open_checkpoint
 from swarm_protocol.model.checkpoint import Checkpoint
 from swarm_protocol.model.parts import EndsModule, SpanModule
+from swarm_protocol.model.quantized_linears import QuantizedLinear, is_eligible
 from swarm_protocol.spans import Span
 
 # The test machines have few cores, and others use them.

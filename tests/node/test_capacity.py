@@ -8,11 +8,11 @@ import torch
 
 from server_node.capacity import cache_tokens_to_reserve, num_blocks_that_fit, num_blocks_to_hold, prefix_tokens_to_keep
 from server_node.compute.opened_model import OnDisk, OpenedModel
-from server_node.compute.quantized_weights import Int8Rows
 from server_node.compute.worker import LoadedSpan
 from server_node.config import ModelChoice
 from swarm_protocol.errors import ConfigError
 from swarm_protocol.model.checkpoint import open_checkpoint
+from swarm_protocol.model.quantized_weights import Int8Rows
 from swarm_protocol.spans import Span
 from tests.tiny_models import save_tiny_model
 
