@@ -36,9 +36,12 @@ class ClientConfig:
                     client's ends compute with; "auto" likewise, but less where a node's uplink is slow (bfloat16, or
                     int8_rows where the family bears it); or "float32", "bfloat16", "float16", "int8_rows"
     slow_bytes_per_s  below this an uplink is slow; 100 Mbit/s: 1,024 tokens of hidden 8192 take 1.3 s in bfloat16
-    speculation     what guesses tokens of text sessions ahead, which one step then verifies: "off", or "ngram", which
-                    looks up what followed the same tokens before. The text is the same; off until it is measured over
-                    distances
+    speculation     what guesses tokens of text sessions ahead, which one step then verifies: "off"; "ngram", which
+                    looks up what followed the same tokens before; "draft", which also asks `draft_model`. The text is
+                    the same
+    draft_model     folder, GGUF file or hub repository of a small model with the same tokens; it runs on this machine
+    draft_quantization  how the large layers of that model are held: "nf4" and "int8" pack them for the CPU, which is
+                    faster and guesses nearly as well; or "none"
     passes_in_flight  micro-batches of a forward or backward pass that are under way at once, so that all nodes work
     step_tokens     most tokens (rows x columns) in one step; longer inputs are cut, so that no frame gets too large
     """
@@ -62,6 +65,8 @@ class ClientConfig:
     wire_dtype: str = "auto"
     slow_bytes_per_s: float = 12.5e6
     speculation: str = "off"
+    draft_model: str | None = None
+    draft_quantization: str = "nf4"
     passes_in_flight: int = 8
     step_tokens: int = 512
     blocked_peers: frozenset[PeerId] = field(default_factory=frozenset)

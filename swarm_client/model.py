@@ -158,8 +158,8 @@ class DistributedCausalLM(PreTrainedModel):  # type: ignore[misc]
 
         For several turns over one cache use `text_model().open_session(…)`. `max_length` None makes the session as
         long as prompt and `params.max_new_tokens` need. `on_event` is told what happens to the route, by the thread
-        that asks for the next delta. `speculation` is `off` or `ngram`, None what `ClientConfig.speculation` says; the
-        text is the same. Raises SwarmError.
+        that asks for the next delta. `speculation` is `off`, `ngram` or `draft`, None what `ClientConfig.speculation`
+        says; the text is the same. Raises SwarmError.
         """
         return TextStream(self.text_model(), prompt, params, max_length, on_event, speculation)
 

@@ -6,9 +6,11 @@ chosen stay. So the text is the one that there would be without drafts, and a st
 
 Rules:
 
-    - The draft is what followed the last `MATCH_MOST` to `MATCH_LEAST` tokens where they stood before, the latest time:
-      prompt lookup, as in transformers' `generate`.
-    - Every draft is compared with what came, sent or not. So it costs nothing to see that drafts begin to be right.
+    - A draft is what followed the last `MATCH_MOST` to `MATCH_LEAST` tokens where they stood before, the latest time:
+      prompt lookup, as in transformers' `generate`. Or a draft model is asked for it, which takes its time.
+    - Every draft is compared with what came, sent or not. So it costs nothing to see that looked-up drafts begin to be
+      right. A draft model that is not asked is tried again each `TRY_EACH` steps, where it could gain something.
+    - Both are believed to be right as often as they lately were, each for itself; the one that promises more is taken.
     - A draft is sent only as long as the tokens per second that are to be expected are highest with it, and only if
       they are `GAIN_LEAST` times those without: never where drafts are mostly wrong or a column takes long.
     - Nothing is sent while steps wait for a node's device for `QUEUE_MOST` of what its blocks take: others use it then,
@@ -17,12 +19,13 @@ Rules:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
+from swarm_client.generation.sampling import TokenChooser
 from swarm_protocol.errors import ConfigError
 
-Speculation = Literal["off", "ngram"]
-"""What guesses tokens ahead: nothing, or prompt lookup."""
+Speculation = Literal["off", "ngram", "draft"]
+"""What guesses tokens ahead: nothing, prompt lookup, or prompt lookup and a draft model in turns."""
 
 MATCH_LEAST, MATCH_MOST = 2, 4
 """Tokens that must have stood before for a draft to be made. One is mere chance: common words follow anything."""
@@ -40,7 +43,18 @@ MEMORY = 0.9
 """What a draft weighs after the next one: about ten of them decide, as text changes between prose and quotes."""
 
 FIRST_RIGHT, FIRST_WRONG = 1.0, 2.0
-"""What is believed of drafts before the first one: that one token of three is right."""
+"""What is believed of looked-up drafts before the first one: that one token of three is right."""
+
+MODEL_RIGHT, MODEL_WRONG = 3.0, 2.0
+"""What is believed of a draft model: that three tokens of five are right."""
+
+TRY_EACH = 64
+"""Steps. A try of `TRY_LENGTH` tokens costs at most one and a half steps where it may gain anything: 2.3 %."""
+
+TRY_LENGTH = 2
+
+HOPE = 0.9
+"""As how good a draft model is seen for a try."""
 
 COLUMN_SHARE = 0.1
 """What another column is believed to take of a step of one, before a step with a draft was seen."""
@@ -62,7 +76,7 @@ def check_speculation(wanted: str) -> Speculation:
     for known in get_args(Speculation):
         if wanted == known:
             return wanted  # type: ignore[return-value]
-    raise ConfigError(f"speculation {wanted!r} is not known; use {' or '.join(get_args(Speculation))}")
+    raise ConfigError(f"speculation {wanted!r} is not known; use {', '.join(get_args(Speculation))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,52 +124,69 @@ class PromptLookup:
         return tuple(found)
 
 
-class DraftLength:
-    """How much of a draft is to be sent: learns from what came of drafts and what steps took."""
+class StepTimes:
+    """What steps take, by the columns that they have more than one. Shared by all that guess for a text."""
 
     def __init__(self) -> None:
-        self._right, self._wrong = FIRST_RIGHT, FIRST_WRONG
-        self._single_s: float | None = None
+        self.single_s: float | None = None
+        self.longest = FIRST_LENGTH
         self._column_share = COLUMN_SHARE
         self._queue_share = 0.0
-        self._longest = FIRST_LENGTH
+
+    @property
+    def are_known(self) -> bool:
+        """Whether drafts can be weighed, and nobody else keeps the nodes busy."""
+        return self.single_s is not None and self._queue_share < QUEUE_MOST
+
+    def stepped(self, num_drafted: int, cost: StepCost) -> None:
+        """Learn what a step with so many drafted tokens took. Steps that something disturbed are not told."""
+        share = cost.queue_s / cost.compute_s if cost.compute_s > 0 else 0.0
+        self._queue_share = QUEUE_MEMORY * self._queue_share + (1 - QUEUE_MEMORY) * min(share, 10 * QUEUE_MOST)
+        self.longest = min(DRAFT_MOST, max(FIRST_LENGTH, 2 * num_drafted))
+        if not num_drafted:
+            # Falls at once and rises slowly: a step is now and then held up, and none is faster than it can be.
+            known = cost.seconds if self.single_s is None else self.single_s
+            self.single_s = min(cost.seconds, known + 0.1 * (cost.seconds - known))
+            self._column_share += FADE * (COLUMN_SHARE - self._column_share)
+        elif self.single_s:
+            found = max(0.0, cost.seconds / self.single_s - 1.0) / num_drafted
+            self._column_share += 0.5 * (found - self._column_share)
+
+    def gain(self, right: float, length: int, token_s: float) -> float:
+        """Return the expected tokens of a step with a draft of `length`, over its time in steps without one.
+
+        `right` is the share of tokens that are, `token_s` what one takes to be guessed.
+        """
+        right = min(right, 0.999)
+        guess_share = token_s / self.single_s if self.single_s else 0.0
+        return (1 - right ** (length + 1)) / (1 - right) / (1 + (self._column_share + guess_share) * length)
+
+
+class DraftLength:
+    """How much of a draft is to be sent: learns from what came of drafts of one kind."""
+
+    def __init__(self, times: StepTimes, num_right: float = FIRST_RIGHT, num_wrong: float = FIRST_WRONG) -> None:
+        self._times = times
+        self._right, self._wrong = num_right, num_wrong
 
     @property
     def acceptance(self) -> float:
         """The share of drafted tokens, up to the first wrong one, that is expected to be right."""
         return self._right / (self._right + self._wrong)
 
-    def choose(self, most: int) -> int:
-        """Return how many tokens of a draft of `most` to send; 0 to send none."""
-        if self._queue_share >= QUEUE_MOST or most < 1 or self._single_s is None:
-            return 0
-        gains = [self._gain(length) for length in range(min(most, self._longest) + 1)]
-        best = max(range(len(gains)), key=gains.__getitem__)
-        return best if gains[best] >= GAIN_LEAST else 0
+    def best(self, most: int, token_s: float = 0.0) -> tuple[float, int]:
+        """Return what the best length of a draft of at most `most` tokens gains, and that length; 0 for none."""
+        if not self._times.are_known:
+            return 1.0, 0
+        lengths = range(1, min(most, self._times.longest) + 1)
+        gains = [(self._times.gain(self.acceptance, length, token_s), length) for length in lengths]
+        found = max(gains, default=(1.0, 0))
+        return found if found[0] >= GAIN_LEAST else (1.0, 0)
 
     def compared(self, num_right: int, is_wrong: bool) -> None:
         """Learn of a draft of which `num_right` tokens came, and whether another came in the place of the next."""
         self._right = self._right * MEMORY + num_right
         self._wrong = self._wrong * MEMORY + is_wrong
-
-    def stepped(self, num_drafted: int, cost: StepCost) -> None:
-        """Learn what a step with so many drafted tokens took. Steps that something disturbed are not told."""
-        share = cost.queue_s / cost.compute_s if cost.compute_s > 0 else 0.0
-        self._queue_share = QUEUE_MEMORY * self._queue_share + (1 - QUEUE_MEMORY) * min(share, 10 * QUEUE_MOST)
-        self._longest = min(DRAFT_MOST, max(FIRST_LENGTH, 2 * num_drafted))
-        if not num_drafted:
-            # Falls at once and rises slowly: a step is now and then held up, and none is faster than it can be.
-            known = cost.seconds if self._single_s is None else self._single_s
-            self._single_s = min(cost.seconds, known + 0.1 * (cost.seconds - known))
-            self._column_share += FADE * (COLUMN_SHARE - self._column_share)
-        elif self._single_s:
-            found = max(0.0, cost.seconds / self._single_s - 1.0) / num_drafted
-            self._column_share += 0.5 * (found - self._column_share)
-
-    def _gain(self, length: int) -> float:
-        """Return the expected tokens of a step with a draft of `length`, over its time in steps without one."""
-        right = min(self.acceptance, 0.999)
-        return (1 - right ** (length + 1)) / (1 - right) / (1 + self._column_share * length)
 
 
 def num_accepted(draft: Sequence[int], chosen: Sequence[int]) -> int:
@@ -166,20 +197,47 @@ def num_accepted(draft: Sequence[int], chosen: Sequence[int]) -> int:
     return min(len(draft), len(chosen))
 
 
+class Drafter(Protocol):
+    """A draft model that follows one text. `token_s` is what a guessed token takes."""
+
+    @property
+    def token_s(self) -> float: ...
+
+    def is_ready(self, token_ids: Sequence[int]) -> bool:
+        """Whether a draft behind `token_ids` can be had now; if not, something may be done so that it can be soon."""
+
+    def draft(self, token_ids: Sequence[int], most: int, chooser: TokenChooser) -> tuple[int, ...]:
+        """Return up to `most` tokens that may come behind `token_ids`, as `chooser` would choose them."""
+
+
 class Speculator:
-    """What one generation guesses: makes drafts, and learns what came of them."""
+    """What one session guesses: makes drafts, and learns what came of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, drafter: Drafter | None = None) -> None:
+        self._drafter = drafter
         self._lookup = PromptLookup()
-        self._length = DraftLength()
-        self._unsent: tuple[int, ...] = ()
+        self._times = StepTimes()
+        self._looked_up = DraftLength(self._times)
+        self._asked = DraftLength(self._times, MODEL_RIGHT, MODEL_WRONG)
+        self._steps_since_asked = 0
+        self._found: tuple[int, ...] = ()
+        self._is_asked = False
 
-    def draft(self, token_ids: Sequence[int], most: int) -> tuple[int, ...]:
-        """Return what to send behind the end of `token_ids`, at most so many; mostly nothing."""
-        found = self._lookup.draft(token_ids, max(0, min(most, DRAFT_MOST)))
-        length = self._length.choose(len(found))
-        self._unsent = () if length else found
-        return found[:length]
+    def draft(self, token_ids: Sequence[int], most: int, chooser: TokenChooser) -> tuple[int, ...]:
+        """Return what to send behind the end of `token_ids`, at most so many; mostly nothing without a draft model."""
+        most = max(0, min(most, DRAFT_MOST))
+        self._found = self._lookup.draft(token_ids, most)
+        gain, length = self._looked_up.best(len(self._found))
+        self._is_asked, self._steps_since_asked = False, self._steps_since_asked + 1
+        drafter = self._drafter
+        if drafter is not None and most and drafter.is_ready(token_ids):
+            asked_gain, num_asked = self._asked.best(most, drafter.token_s)
+            if not length and not num_asked and self._is_worth_a_try(drafter.token_s):
+                num_asked = min(most, TRY_LENGTH)
+            if asked_gain > gain or (num_asked and not length):
+                self._is_asked, self._steps_since_asked = True, 0
+                return drafter.draft(token_ids, num_asked, chooser)
+        return self._found[:length]
 
     def came(self, draft: Sequence[int], chosen: Sequence[int], cost: StepCost | None) -> None:
         """Learn what was `chosen` in a step with `draft`: the accepted tokens and one more.
@@ -187,10 +245,20 @@ class Speculator:
         `cost` is None if something disturbed the step.
         """
         if draft:
-            right = num_accepted(draft, chosen)
-            self._length.compared(right, right < len(draft))
-        elif self._unsent:
-            is_right = self._unsent[0] == chosen[0]
-            self._length.compared(int(is_right), not is_right)
+            _compare(self._asked if self._is_asked else self._looked_up, draft, chosen)
+        if self._found and (self._is_asked or not draft):
+            _compare(self._looked_up, self._found[: len(chosen)], chosen)
         if cost is not None:
-            self._length.stepped(len(draft), cost)
+            self._times.stepped(len(draft), cost)
+
+    def _is_worth_a_try(self, token_s: float) -> bool:
+        return (
+            self._steps_since_asked >= TRY_EACH
+            and self._times.are_known
+            and self._times.gain(HOPE, TRY_LENGTH, token_s) >= GAIN_LEAST
+        )
+
+
+def _compare(length: DraftLength, draft: Sequence[int], chosen: Sequence[int]) -> None:
+    right = num_accepted(draft, chosen)
+    length.compared(right, right < len(draft))

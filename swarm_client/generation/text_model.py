@@ -13,11 +13,12 @@ import torch
 
 from swarm_client.block_size import block_size
 from swarm_client.events import EventListener
+from swarm_client.generation.draft_model import DraftModel, DraftSession, load_draft_model
 from swarm_client.generation.embedder import DistributedEmbedder
 from swarm_client.generation.ends_worker import ENDS_WORKER, ChosenToken, EndsRow
 from swarm_client.generation.prompt_format import chat_stop, chat_token_ids, common_prefix, continued_ids
 from swarm_client.generation.sampling import TokenChooser
-from swarm_client.generation.speculation import Speculation, Speculator, StepCost, check_speculation
+from swarm_client.generation.speculation import Speculator, StepCost, check_speculation
 from swarm_client.generation.stream import NextToken, stream_text
 from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta
 from swarm_client.generation.token_bytes import token_bytes
@@ -25,7 +26,7 @@ from swarm_client.generation_times import GenerationTimes
 from swarm_client.inference_session import InferenceSession
 from swarm_client.model_swarm import ModelSwarm
 from swarm_client.remote_blocks import RemoteBlocks
-from swarm_protocol.errors import CancelledStepError, InvalidRequestError, MaxLengthError, SwarmError
+from swarm_protocol.errors import CancelledStepError, ConfigError, InvalidRequestError, MaxLengthError, SwarmError
 from swarm_protocol.model.checkpoint import Checkpoint
 from swarm_protocol.model.parts import EndsModule
 from swarm_protocol.spans import describe_blocks
@@ -50,6 +51,9 @@ class DistributedTextModel:
         self.block_size = block_size(checkpoint)
         self._encode_lock = threading.Lock()
         self._token_bytes: dict[int, bytes] = {}
+        self._checkpoint = checkpoint
+        self._draft_model: DraftModel | None = None
+        self._draft_lock = threading.Lock()
 
     @property
     def stop_token(self) -> str | None:
@@ -94,13 +98,26 @@ class DistributedTextModel:
         """Return an empty session for up to `max_length` tokens; the caches are reserved when it first generates.
 
         With `standby` a second node follows along at each hop, `speculation` guesses tokens ahead; None is what
-        `ClientConfig` says. Raises MaxLengthError if the model cannot hold so many, ConfigError.
+        `ClientConfig` says. Raises MaxLengthError if the model cannot hold so many, and ConfigError if there is no
+        draft model that fits.
         """
         if not 1 <= max_length <= self.max_length:
             raise MaxLengthError(0, max_length, self.max_length)
         chosen = check_speculation(self._blocks.swarm.config.speculation if speculation is None else speculation)
+        drafter = self.draft_model().session() if chosen == "draft" else None
+        speculator = None if chosen == "off" else Speculator(drafter)
         session = self._blocks.session(max_length, standby=standby)
-        return DistributedTextSession(self, self._ends, session, self._end_tokens, chosen)
+        return DistributedTextSession(self, self._ends, session, self._end_tokens, speculator, drafter)
+
+    def draft_model(self) -> DraftModel:
+        """Return the model that guesses, loaded at the first call. Raises ConfigError if there is none that fits."""
+        config = self._blocks.swarm.config
+        with self._draft_lock:
+            if self._draft_model is None:
+                if config.draft_model is None:
+                    raise ConfigError("speculation with a draft model needs ClientConfig.draft_model")
+                self._draft_model = load_draft_model(config.draft_model, config.draft_quantization, self._checkpoint)
+            return self._draft_model
 
     def missing_blocks(self) -> Sequence[str]:
         """Return the runs of blocks that no node serves now, as people read them."""
@@ -125,7 +142,8 @@ class DistributedTextSession:
         ends: EndsModule,
         session: InferenceSession,
         end_tokens: frozenset[int],
-        speculation: Speculation = "off",
+        speculator: Speculator | None = None,
+        drafter: DraftSession | None = None,
     ) -> None:
         self._model = model
         self._ends = ends
@@ -138,8 +156,7 @@ class DistributedTextSession:
         self._cached_tokens: int | None = None  # at the first step of a generation; None before it
         # The last token, where it is and its states, if the worker made them.
         self._embedded: tuple[int, int, torch.Tensor | None] = (0, 0, None)
-        self._speculation = speculation
-        self._speculator: Speculator | None = None
+        self._speculator, self._drafter = speculator, drafter
         # Tokens of the last step that were not asked for yet; the nodes have cached all but the last one.
         self._coming: deque[NextToken] = deque()
         self._end = 0  # where the running generation ends at the latest
@@ -224,7 +241,6 @@ class DistributedTextSession:
         chooser = TokenChooser(params)
         self._forget_coming()
         self._end = len(self._token_ids) + params.max_new_tokens
-        self._speculator = None if self._speculation == "off" else Speculator()
         self._cancelled.clear()
         self._cached_tokens = None
         self._session.recover()
@@ -248,6 +264,8 @@ class DistributedTextSession:
         """Free the caches at the nodes. Idempotent."""
         self._withdraw_row()
         self._session.close()
+        if self._drafter is not None:
+            self._drafter.close()
 
     def _withdraw_row(self) -> None:
         choosing = self._choosing
@@ -271,12 +289,13 @@ class DistributedTextSession:
     @torch.inference_mode()
     def _take_step(self, chooser: TokenChooser) -> None:
         """Compute the next token, and as many behind it as were guessed."""
-        started_s, log = time.perf_counter(), self._session.time_log
+        log = self._session.time_log
         # From before the look at the flag, so that no cancel falls in between.
         with self._session.cancellable(), log.token(time.perf_counter):
             if self._cancelled.is_set():
                 raise CancelledStepError("generation was cancelled")
-            draft = self._draft()
+            draft = self._draft(chooser)
+            started_s = time.perf_counter()
             log.drafts(len(draft))
             states = self._step_somewhere(draft)[:, -1 - len(draft) :]
             chosen = self._choose(chooser, states, draft)
@@ -290,11 +309,11 @@ class DistributedTextSession:
         self._embedded = (len(self._token_ids) + len(chosen.before), chosen.token_id, chosen.embedded)
         self._coming.extend(NextToken(token.token_id, token.logprobs) for token in tokens)
 
-    def _draft(self) -> tuple[int, ...]:
+    def _draft(self, chooser: TokenChooser) -> tuple[int, ...]:
         """Return the tokens that are guessed to come; a step may not bring more than are wanted."""
         if self._speculator is None:
             return ()
-        return self._speculator.draft(self._token_ids, self._end - len(self._token_ids) - 1)
+        return self._speculator.draft(self._token_ids, self._end - len(self._token_ids) - 1, chooser)
 
     def _cost(self, seconds: float) -> StepCost:
         timings = self._session.last_timings

@@ -1,7 +1,7 @@
 """Guessing tokens ahead: drafts, when they pay, and texts that are the same with and without."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,16 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm_client import SamplingParams
-from swarm_client.generation import text_model as text_model_module
 from swarm_client.generation.ends_worker import ChosenToken, EndsRow, run_rows
 from swarm_client.generation.sampling import TokenChooser
 from swarm_client.generation.speculation import (
     DRAFT_MOST,
     MATCH_LEAST,
+    TRY_LENGTH,
     DraftLength,
     PromptLookup,
     Speculator,
     StepCost,
+    StepTimes,
     check_speculation,
     num_accepted,
 )
@@ -36,6 +37,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 6},
 ]
 
+GREEDY = TokenChooser(SamplingParams(1))
 PROMPT = "5 17 31 8"
 SPANS = (Span(0, 2), Span(2, 5))
 """Of the nodes of `Pair`."""
@@ -79,8 +81,8 @@ def test_accepted_is_the_common_beginning(draft: list[int], chosen: list[int]) -
 
 
 def test_unknown_choices_are_refused() -> None:
-    assert [check_speculation(choice) for choice in ("off", "ngram")] == ["off", "ngram"]
-    with pytest.raises(ConfigError, match="off or ngram"):
+    assert [check_speculation(choice) for choice in ("off", "ngram", "draft")] == ["off", "ngram", "draft"]
+    with pytest.raises(ConfigError, match="off, ngram, draft"):
         check_speculation("oracle")
 
 
@@ -89,9 +91,10 @@ def test_unknown_choices_are_refused() -> None:
 
 def simulate(acceptance: float, column_share: float, queue_share: float = 0.0, num_tokens: int = 3000) -> float:
     """Return the tokens per time of a step that drafts bring, which are right with a probability."""
-    rng, length, tokens, time = random.Random(7), DraftLength(), 0, 0.0
+    times = StepTimes()
+    rng, length, tokens, time = random.Random(7), DraftLength(times), 0, 0.0
     while tokens < num_tokens:
-        drafted = length.choose(DRAFT_MOST)
+        drafted = length.best(DRAFT_MOST)[1]
         right = next((count for count in range(drafted) if rng.random() >= acceptance), drafted)
         seconds = (1 + column_share * drafted) * rng.uniform(0.95, 1.05)
         if drafted:
@@ -99,7 +102,7 @@ def simulate(acceptance: float, column_share: float, queue_share: float = 0.0, n
         else:
             is_right = rng.random() < acceptance
             length.compared(int(is_right), not is_right)
-        length.stepped(drafted, StepCost(seconds, queue_share, 1.0))
+        times.stepped(drafted, StepCost(seconds, queue_share, 1.0))
         tokens += 1 + right
         time += seconds
     return tokens / time
@@ -124,25 +127,26 @@ def test_drafts_gain_where_they_can_and_never_lose(acceptance: float, column_sha
 
 
 def test_nothing_is_sent_while_others_keep_a_node_busy() -> None:
-    length = DraftLength()
+    times = StepTimes()
+    length = DraftLength(times)
     length.compared(100, False)
-    length.stepped(0, StepCost(0.3, 0.0, 0.1))
-    assert length.choose(8) == 2
-    length.stepped(2, StepCost(0.3, 0.0, 0.1))
-    assert length.choose(8) == 4
+    times.stepped(0, StepCost(0.3, 0.0, 0.1))
+    assert length.best(8)[1] == 2
+    times.stepped(2, StepCost(0.3, 0.0, 0.1))
+    assert length.best(8)[1] == 4
     for _ in range(20):
-        length.stepped(0, StepCost(0.4, 0.1, 0.1))
-    assert length.choose(8) == 0
+        times.stepped(0, StepCost(0.4, 0.1, 0.1))
+    assert length.best(8) == (1.0, 0)
     for _ in range(20):
-        length.stepped(0, StepCost(0.3, 0.0, 0.1))
-    assert length.choose(8) == 2
+        times.stepped(0, StepCost(0.3, 0.0, 0.1))
+    assert length.best(8)[1] == 2
 
 
 def test_drafts_are_judged_before_they_are_sent() -> None:
     speculator, text = Speculator(), [1, 2, 3, 4]
     sent = []
     for at in range(60):
-        draft = speculator.draft(text, 6)
+        draft = speculator.draft(text, 6, GREEDY)
         sent.append(len(draft))
         right = [at_next % 4 + 1 for at_next in range(len(text), len(text) + 7)]
         chosen = right[: num_accepted(draft, right) + 1]
@@ -151,6 +155,85 @@ def test_drafts_are_judged_before_they_are_sent() -> None:
     assert sent[:2] == [0, 0]  # what a step takes is not known yet
     assert sent[-1] == 6
     assert MATCH_LEAST == 2
+
+
+class Sure:
+    """A drafter that is right with a probability, and takes `token_s` for each token."""
+
+    def __init__(self, acceptance: float, token_s: float) -> None:
+        self.token_s, self._acceptance, self._rng = token_s, acceptance, random.Random(5)
+        self.num_asked = 0
+
+    def is_ready(self, _: Sequence[int]) -> bool:
+        return True
+
+    def draft(self, token_ids: Sequence[int], most: int, _: TokenChooser) -> tuple[int, ...]:
+        self.num_asked += most
+        at = len(token_ids)
+        return tuple(at + i if self._rng.random() < self._acceptance else -1 for i in range(most))
+
+
+def ask(acceptance: float, token_share: float, num_tokens: int = 3000) -> float:
+    """Return the tokens per time of a step that a draft model brings, a token of which takes `token_share` steps."""
+    rng, drafter = random.Random(7), Sure(acceptance, token_share)
+    speculator, text, time = Speculator(drafter), list(range(1000)), 0.0
+    while len(text) < 1000 + num_tokens:
+        asked = drafter.num_asked
+        draft = speculator.draft(text, 40, GREEDY)
+        right = list(range(len(text), len(text) + len(draft) + 1))
+        chosen = right[: num_accepted(draft, right) + 1]
+        seconds = (1 + 0.05 * len(draft)) * rng.uniform(0.95, 1.05)
+        speculator.came(draft, chosen, StepCost(seconds))
+        text += chosen
+        time += seconds + (drafter.num_asked - asked) * token_share
+    return num_tokens / time
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "token_share", "least"),
+    [
+        (0.95, 0.1, 2.5),
+        (0.8, 0.1, 1.8),
+        (0.6, 0.1, 1.25),
+        (0.0, 0.1, 0.97),
+        (0.3, 0.5, 0.97),
+        (0.95, 0.5, 1.2),
+        (0.95, 1.5, 0.999),
+        (0.0, 0.6, 0.97),
+    ],
+)
+def test_a_draft_model_is_asked_where_it_pays(acceptance: float, token_share: float, least: float) -> None:
+    assert ask(acceptance, token_share) >= least
+
+
+def test_a_draft_model_that_becomes_right_is_asked_again() -> None:
+    drafter = Sure(0.0, 0.1)
+    speculator, text, sent = Speculator(drafter), list(range(1000)), list[int]()
+    for step in range(400):
+        if step == 200:
+            drafter._acceptance = 1.0
+        draft = speculator.draft(text, 40, GREEDY)
+        sent.append(len(draft))
+        right = list(range(len(text), len(text) + len(draft) + 1))
+        chosen = right[: num_accepted(draft, right) + 1]
+        speculator.came(draft, chosen, StepCost(1.0 + 0.02 * len(draft)))
+        text += chosen
+    assert sum(sent[50:200]) <= 3 * TRY_LENGTH
+    assert sum(sent[300:]) / 100 > 5
+
+
+def test_what_was_said_before_is_looked_up_and_not_asked_for() -> None:
+    drafter = Sure(0.5, 0.1)
+    speculator, text = Speculator(drafter), [1, 2, 3, 4] * 3
+    for _ in range(40):
+        draft = speculator.draft(text, 15, GREEDY)
+        asked = drafter.num_asked
+        right = [at % 4 + 1 for at in range(len(text), len(text) + 16)]
+        chosen = right[: num_accepted(draft, right) + 1]
+        speculator.came(draft, chosen, StepCost(1.0 + 0.02 * len(draft)))
+        text += chosen
+    assert draft == tuple(right[:15])
+    assert drafter.num_asked == asked
 
 
 # the head
@@ -205,7 +288,7 @@ class Guesses:
         self.sent: list[tuple[int, ...]] = []
         self.at_next: Callable[[], None] | None = None
 
-    def draft(self, token_ids: list[int], most: int) -> tuple[int, ...]:
+    def draft(self, token_ids: list[int], most: int, _: TokenChooser) -> tuple[int, ...]:
         at = len(token_ids)
         right = self.text[at : at + min(most, 1 + len(self.sent) % 6)]
         found = tuple(t if (at + i) % self.wrong_each else (t + 1) % 90 for i, t in enumerate(right))
@@ -244,9 +327,9 @@ def plain_ids(model: DistributedTextModel, prompt: str, num_tokens: int, **param
     return list(session.token_ids)
 
 
-def guess(monkeypatch: pytest.MonkeyPatch, text: list[int], wrong_each: int = 5) -> Guesses:
+def guess(session: DistributedTextSession, text: list[int], wrong_each: int = 5) -> Guesses:
     guesses = Guesses(text, wrong_each)
-    monkeypatch.setattr(text_model_module, "Speculator", lambda: guesses)
+    session._speculator = guesses  # type: ignore[assignment]
     return guesses
 
 
@@ -254,11 +337,10 @@ def guess(monkeypatch: pytest.MonkeyPatch, text: list[int], wrong_each: int = 5)
 def test_a_text_is_the_same_with_guesses_and_needs_fewer_steps(
     model: DistributedTextModel,
     session: DistributedTextSession,
-    monkeypatch: pytest.MonkeyPatch,
     params: dict[str, Any],
 ) -> None:
     wanted = plain_ids(model, PROMPT, 60, logprobs=1, **params)
-    guesses = guess(monkeypatch, wanted)
+    guesses = guess(session, wanted)
     session.append_text(PROMPT)
     deltas = list(session.generate(SamplingParams(60, logprobs=1, **params)))
     assert list(session.token_ids) == wanted
@@ -282,10 +364,10 @@ def test_prompt_lookup_changes_no_token(
     assert list(session.token_ids) == wanted
 
 
-def test_a_session_is_never_filled_beyond_its_end(model: DistributedTextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_is_never_filled_beyond_its_end(model: DistributedTextModel) -> None:
     wanted = plain_ids(model, PROMPT, 20)
-    guess(monkeypatch, [*wanted, *range(20)], wrong_each=1000)
     session = model.open_session(24, speculation="ngram")
+    guess(session, [*wanted, *range(20)], wrong_each=1000)
     session.append_text(PROMPT)
     assert len(list(session.generate(SamplingParams(20)))) > 0
     assert list(session.token_ids) == wanted
@@ -295,12 +377,12 @@ def test_a_session_is_never_filled_beyond_its_end(model: DistributedTextModel, m
 
 
 def test_what_came_behind_a_stop_string_is_forgotten(
-    model: DistributedTextModel, session: DistributedTextSession, monkeypatch: pytest.MonkeyPatch
+    model: DistributedTextModel, session: DistributedTextSession
 ) -> None:
     wanted = plain_ids(model, PROMPT, 60)
     session.append_text(PROMPT)
     for _ in range(4):
-        guess(monkeypatch, wanted, wrong_each=1000)
+        guess(session, wanted, wrong_each=1000)
         before = len(session.token_ids)
         stop = Words().decode([wanted[before + 3]])
         text = "".join(delta.text for delta in session.generate(SamplingParams(20, stop=(stop,))))
@@ -310,17 +392,17 @@ def test_what_came_behind_a_stop_string_is_forgotten(
         assert text == Words().decode(wanted[before:ended])[: -len(stop)]
     more = plain_ids(model, Words().decode([*wanted[:ended], 61, 62]), 10)
     session.append_text("61 62")
-    guess(monkeypatch, more)
+    guess(session, more)
     list(session.generate(SamplingParams(10)))
     assert list(session.token_ids) == more
 
 
 def test_an_end_token_ends_the_answer_within_a_run(
-    model: DistributedTextModel, session: DistributedTextSession, monkeypatch: pytest.MonkeyPatch
+    model: DistributedTextModel, session: DistributedTextSession
 ) -> None:
     wanted = plain_ids(model, PROMPT, 30)
     end = next(at for at in range(8, 30) if wanted[at] not in wanted[4:at])
-    guess(monkeypatch, wanted, wrong_each=1000)
+    guess(session, wanted, wrong_each=1000)
     session._end_tokens = frozenset([wanted[end]])
     session.append_text(PROMPT)
     deltas = list(session.generate(SamplingParams(30)))
@@ -329,10 +411,10 @@ def test_an_end_token_ends_the_answer_within_a_run(
 
 
 def test_a_cancel_within_a_run_ends_it_and_the_session_goes_on(
-    model: DistributedTextModel, session: DistributedTextSession, monkeypatch: pytest.MonkeyPatch
+    model: DistributedTextModel, session: DistributedTextSession
 ) -> None:
     wanted = plain_ids(model, PROMPT, 40)
-    guess(monkeypatch, wanted, wrong_each=1000)
+    guess(session, wanted, wrong_each=1000)
     session.append_text(PROMPT)
     deltas = session.generate(SamplingParams(40))
     for _ in range(4):
@@ -356,7 +438,7 @@ def test_nodes_that_die_while_guesses_are_verified_change_no_token(
 ) -> None:
     wanted = plain_ids(model, PROMPT, 40, **params)
     monkeypatch.setattr(pair.served.swarm._tapes, "max_bytes", 1 << 20 if is_taped else 0)
-    guesses = guess(monkeypatch, wanted)
+    guesses = guess(session, wanted)
     session.append_text(PROMPT)
     deltas = session.generate(SamplingParams(40, **params))
     next(deltas)
@@ -375,10 +457,10 @@ def test_nodes_that_die_while_guesses_are_verified_change_no_token(
 
 
 def test_streams_that_break_while_guesses_are_verified_change_no_token(
-    pair: Pair, model: DistributedTextModel, session: DistributedTextSession, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, model: DistributedTextModel, session: DistributedTextSession
 ) -> None:
     wanted = plain_ids(model, PROMPT, 40)
-    guesses = guess(monkeypatch, wanted)
+    guesses = guess(session, wanted)
     session.append_text(PROMPT)
     deltas = session.generate(SamplingParams(40))
     next(deltas)
