@@ -67,22 +67,21 @@ STAGES = Setting("stages", 100, 0.04)
 
 
 class Client:
-    """The client's process."""
+    """The client's process, which answers an order a line with a line, both JSON."""
 
-    def __init__(self, hosts: WanHosts, number: int, peer: str, model: str) -> None:
-        command = [*hosts.prefix(number), sys.executable, "-m", "bench.wan_client", peer, model]
+    def __init__(self, hosts: WanHosts, number: int, peer: str, model: str, module: str = "bench.wan_client") -> None:
+        command = [*hosts.prefix(number), sys.executable, "-m", module, peer, model]
         self._process = subprocess.Popen(
             [*command, hosts.addresses[number]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._answer()
 
-    def measure(self, ways: Sequence[str], context: int, steps: int) -> list[dict[str, Any]]:
-        """Return what `bench.wan_client` measured of each way."""
+    def ask(self, **order: Any) -> Any:
+        """Return what it answers to an order."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"ways": ways, "context": context, "steps": steps}) + "\n")
+        self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        found: list[dict[str, Any]] = self._answer()
-        return found
+        return self._answer()
 
     def close(self) -> None:
         """End it."""
@@ -110,7 +109,7 @@ def main() -> None:
     for num_nodes in options.nodes:
         edges = [round(30 * number / num_nodes) for number in range(num_nodes + 1)]
         blocks = [f"{start}:{end}" for start, end in itertools.pairwise(edges)]
-        with _swarm(str(find_model()), blocks) as (hosts, client):
+        with wan_swarm(str(find_model()), blocks) as (hosts, client):
             for context in options.contexts:
                 for name in options.settings:
                     _print_table(hosts, client, SETTINGS[name], context, options.steps)
@@ -118,13 +117,14 @@ def main() -> None:
         stages = ["0:1", "1:2", "2:3", "3:4"]
         with (
             tempfile.TemporaryDirectory() as folder,
-            _swarm(_save_shallow(Path(folder)), stages) as (hosts, client),
+            wan_swarm(_save_shallow(Path(folder)), stages) as (hosts, client),
         ):
             _print_table(hosts, client, STAGES, 128, 2 * options.steps)
 
 
 @contextlib.contextmanager
-def _swarm(model: str, blocks: Sequence[str]) -> Any:
+def wan_swarm(model: str, blocks: Sequence[str], module: str = "bench.wan_client") -> Any:
+    """Give hosts, on each of which but the last a node runs, and the client of `module` there; links are fast."""
     with contextlib.ExitStack() as stack:
         hosts = stack.enter_context(WanHosts(len(blocks) + 1))
         hosts.set_links(0.0, 0.0)
@@ -134,14 +134,14 @@ def _swarm(model: str, blocks: Sequence[str]) -> Any:
             node = NodeProcess(model, span, peers[:1], *options, prefix=hosts.prefix(number))
             peers.append(stack.enter_context(node).wait_until_online().address)
             print(f"{number + 1} of {len(blocks)} nodes are online", file=sys.stderr, flush=True)
-        client = Client(hosts, len(blocks), peers[0], model)
+        client = Client(hosts, len(blocks), peers[0], model, module)
         stack.callback(client.close)
         yield hosts, client
 
 
 def _print_table(hosts: WanHosts, client: Client, setting: Setting, context: int, steps: int) -> None:
     hosts.set_links(setting.round_trip_s / 2, setting.mbit_per_s)
-    found = client.measure(WAYS, context, steps)
+    found = client.ask(ways=WAYS, context=context, steps=steps)
     hosts.set_links(0.0, 0.0)
     relayed_s = found[-1]["step_s"]
     num_nodes = len(found[0]["spans"])
