@@ -13,6 +13,7 @@ from app.socket_link import SocketGoneError
 from app.usage import Amount
 from swarm_client.events import EventListener, Recovered, SessionEvent
 from swarm_client.generation.text_session import ChatMessage, SamplingParams, TextDelta, TextSession
+from swarm_client.generation_times import GenerationTimes
 from swarm_protocol.errors import SwarmError
 
 logger = logging.getLogger(__name__)
@@ -57,12 +58,13 @@ class _Record:
                 self._text.append(delta.text)
             yield delta
 
-    def end(self, error: BaseException | None) -> None:
+    def end(self, error: BaseException | None, times: GenerationTimes) -> None:
         facts, metrics, timings = self._facts, self._site.metrics, self._meter.timings()
         # A stop sequence that is looked for behind the session ends the reading, without a reason in the last piece.
         outcome = self._finish_reason or "stop" if error is None else _outcome(error)
         metrics.answer(facts.api, facts.model, outcome, self._prompt_tokens, self._meter.num_tokens)
         metrics.speed(facts.model, timings.ttft_s, timings.tokens_per_s)
+        metrics.guessed(facts.model, times.drafted_tokens, times.accepted_tokens)
         told = {
             "api": facts.api,
             "model": facts.model,
@@ -140,7 +142,7 @@ def answering(
         close = getattr(deltas, "close", None)
         if close is not None:
             close()
-        record.end(found)
+        record.end(found, session.times)
 
 
 def _within(params: SamplingParams, left: int | None) -> SamplingParams:

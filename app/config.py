@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
+from swarm_client.generation.speculation import check_draft_quantization, check_speculation
+from swarm_client.wire_choice import check_choice
 from swarm_protocol.errors import ConfigError
 
 T = TypeVar("T")
@@ -109,6 +111,8 @@ class SiteConfig:
     relay: bool = True  # nodes behind a NAT are reached through relays; without, the site listens for no peer at all
     wire_dtype: str = "auto"  # in what hidden states travel, as `ClientConfig.wire_dtype`
     speculation: str = "off"  # what guesses tokens ahead, as `ClientConfig.speculation`
+    draft_model: str = ""  # of speculation; what swarm_client opens, run on this machine
+    draft_quantization: str = "nf4"  # how its large layers are held, as `ClientConfig.draft_quantization`
     host: str = "127.0.0.1"
     port: int = 5000
     http_threads: int = 48  # threads beyond those of the sockets, so that pages and probes are always answered
@@ -130,6 +134,10 @@ class SiteConfig:
             )
         if self.generation.running_max < 1:
             raise ConfigError("running_max is 0; at least 1 generation has to run")
+        check_choice(self.wire_dtype)
+        if check_speculation(self.speculation) == "draft" and not self.draft_model:
+            raise ConfigError("speculation is draft, but no draft_model is set")
+        check_draft_quantization(self.draft_quantization)
         if self.operation.log_format not in ("text", "json"):
             raise ConfigError(f"log_format {self.operation.log_format!r} is neither text nor json")
         if not 0 <= self.operation.health_port <= 65535:

@@ -55,10 +55,18 @@ class SwarmConnection:
     """The site's one connection to the swarm, shared by all models; made when the first of them is opened."""
 
     def __init__(
-        self, initial_peers: Sequence[str], *, relay: bool, wire_dtype: str = "auto", speculation: str = "off"
+        self,
+        initial_peers: Sequence[str],
+        *,
+        relay: bool,
+        wire_dtype: str = "auto",
+        speculation: str = "off",
+        draft_model: str = "",
+        draft_quantization: str = "nf4",
     ) -> None:
         self._initial_peers, self._relay = tuple(initial_peers), relay
         self._wire_dtype, self._speculation = wire_dtype, speculation
+        self._draft_model, self._draft_quantization = draft_model, draft_quantization
         self._swarm: Swarm | None = None
 
     def open_model(self, source: str) -> TextModel:
@@ -72,6 +80,8 @@ class SwarmConnection:
                 relay=self._relay,
                 wire_dtype=self._wire_dtype,
                 speculation=self._speculation,
+                draft_model=self._draft_model or None,
+                draft_quantization=self._draft_quantization,
             )
             self._swarm = Swarm.connect(config)
         return open_text_model(source, swarm=self._swarm)
@@ -91,7 +101,12 @@ class SwarmConnection:
 def swarm_registry(config: SiteConfig) -> "ModelRegistry":
     """Return the models of `config`, to be opened through the swarm that its peers belong to."""
     connection = SwarmConnection(
-        config.initial_peers, relay=config.relay, wire_dtype=config.wire_dtype, speculation=config.speculation
+        config.initial_peers,
+        relay=config.relay,
+        wire_dtype=config.wire_dtype,
+        speculation=config.speculation,
+        draft_model=config.draft_model,
+        draft_quantization=config.draft_quantization,
     )
     sources = [ModelSource(source, partial(connection.open_model, source)) for source in config.models]
     return ModelRegistry(sources, connection.close, connection.ping)

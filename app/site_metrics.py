@@ -97,6 +97,10 @@ class SiteMetrics:
         self._rebuilt = Counter(
             "umbel_sessions_rebuilt", "Sessions that went on at other nodes after a loss.", ["model"], registry=registry
         )
+        self._guessed = Counter(
+            "umbel_guessed_tokens", "Guessed ahead and computed; those that were right came for nothing.",
+            ["model", "outcome"], registry=registry,
+        )  # fmt: skip
 
         for kind in ("prompt", "answer"):  # a counter that begins with its first event shows Prometheus no increase
             self._moderated.labels(kind, "failed")
@@ -120,6 +124,12 @@ class SiteMetrics:
             self._first_token_s.labels(model).observe(first_token_s)
         if tokens_per_s is not None:
             self._speed.labels(model).observe(tokens_per_s)
+
+    def guessed(self, model: str, drafted_tokens: int, accepted_tokens: int) -> None:
+        """Count the tokens of an answer that were guessed ahead."""
+        if drafted_tokens:
+            self._guessed.labels(model, "right").inc(accepted_tokens)
+            self._guessed.labels(model, "wrong").inc(drafted_tokens - accepted_tokens)
 
     def error(self, code: str) -> None:
         """Count an error that a client was told of."""

@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from swarm_client.config import ClientConfig
-from swarm_client.generation.draft_model import check_quantization
-from swarm_client.generation.speculation import check_speculation
+from swarm_client.generation.speculation import check_draft_quantization, check_speculation
 from swarm_client.loop_thread import LoopThread, join_network
 from swarm_client.model_swarm import ModelSwarm
 from swarm_client.passes import Passes, Visit
@@ -39,7 +38,7 @@ class Swarm:
         """`transport` belongs to the loop of `loop`; both are closed with this. Mostly made by `connect`."""
         check_choice(config.wire_dtype)
         check_speculation(config.speculation)
-        check_quantization(config.draft_quantization)
+        check_draft_quantization(config.draft_quantization)
         self.config = config
         self.loop = loop
         self._transport = transport

@@ -21,7 +21,8 @@ def open_text_model(
 ) -> TextModel:
     """Return the model of `source` with its blocks in the swarm of `initial_peers`, or over the connection `swarm`.
 
-    Blocks while it loads. Raises as `AutoDistributedModelForCausalLM.from_pretrained` does.
+    Blocks while it loads, the draft model of `ClientConfig`, too. Raises as
+    `AutoDistributedModelForCausalLM.from_pretrained` does.
     """
     model = AutoDistributedModelForCausalLM.from_pretrained(
         source,
@@ -34,7 +35,9 @@ def open_text_model(
         device=device,
     )
     try:
-        return model.text_model()
+        text_model = model.text_model()
+        text_model.prepare()
+        return text_model
     except BaseException:
         model.close()
         raise

@@ -251,7 +251,12 @@ def test_flags_of_nodes_set_the_field_of_their_row(row: Row) -> None:
     assert getattr(changed, row.field) != getattr(default, row.field)
 
 
-CHOICES = {"log_format": "json"}
+CHOICES = {
+    "log_format": "json",
+    "wire_dtype": "float16",
+    "speculation": "ngram",
+    "draft_quantization": "int8",
+}
 """Values of fields that take only certain texts."""
 
 

@@ -17,19 +17,17 @@ from transformers import DynamicCache
 
 from swarm_client.generation.prompt_format import common_prefix
 from swarm_client.generation.sampling import TokenChooser
+from swarm_client.generation.speculation import check_draft_quantization
 from swarm_protocol.errors import ConfigError
 from swarm_protocol.model.checkpoint import Checkpoint, open_checkpoint
 from swarm_protocol.model.few_rows import speed_up
 from swarm_protocol.model.parts import EndsModule, SpanModule, load_ends, load_span
-from swarm_protocol.model.quantized_linears import SCHEMES, PackedLayers, replace_linears, scheme_named
+from swarm_protocol.model.quantized_linears import PackedLayers, replace_linears, scheme_named
 from swarm_protocol.spans import Span
 
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-
-QUANTIZATIONS = ("none", *SCHEMES)
-"""How the draft model's weights may be held."""
 
 PIECE_TOKENS = 64
 """Of a prompt that is caught up with: between two pieces others get their drafts."""
@@ -195,11 +193,11 @@ class _Cache(DynamicCache):  # type: ignore[misc]
 def load_draft_model(source: str, quantization: str, checkpoint: Checkpoint) -> DraftModel:
     """Return the model of `source`, a folder, a GGUF file or a hub repository, to guess for that of `checkpoint`.
 
-    With `quantization`, one of `QUANTIZATIONS`, its large layers are packed for the CPU and the blocks run in bfloat16,
-    if this CPU has products for it. Raises ConfigError if it does not know the same tokens or is not for this machine,
-    CheckpointError or UnsupportedFamilyError if it cannot be opened.
+    With a `quantization` other than `none` its large layers are packed and the blocks run in bfloat16, if this CPU has
+    products for it. Raises ConfigError if it knows other tokens, CheckpointError or UnsupportedFamilyError if it cannot
+    be opened.
     """
-    check_quantization(quantization)
+    check_draft_quantization(quantization)
     draft = open_checkpoint(source)
     if draft.tokenizer().get_vocab() != checkpoint.tokenizer().get_vocab():
         raise ConfigError(f"{draft.name} has other tokens than {checkpoint.name}: it cannot guess for it")
@@ -223,9 +221,3 @@ def load_draft_model(source: str, quantization: str, checkpoint: Checkpoint) -> 
 
 def _pack(layers: PackedLayers, block: nn.Module) -> None:
     replace_linears(block, layers)
-
-
-def check_quantization(wanted: str) -> None:
-    """Raise ConfigError if `wanted` is none of `QUANTIZATIONS`."""
-    if wanted not in QUANTIZATIONS:
-        raise ConfigError(f"the draft model's quantization is {', '.join(QUANTIZATIONS)}, not {wanted!r}")

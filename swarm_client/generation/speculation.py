@@ -19,13 +19,18 @@ Rules:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
-from swarm_client.generation.sampling import TokenChooser
 from swarm_protocol.errors import ConfigError
+
+if TYPE_CHECKING:  # the site checks its settings before it loads the numeric libraries
+    from swarm_client.generation.sampling import TokenChooser
 
 Speculation = Literal["off", "ngram", "draft"]
 """What guesses tokens ahead: nothing, prompt lookup, or prompt lookup and a draft model in turns."""
+
+DRAFT_QUANTIZATIONS = ("none", "int8", "nf4")
+"""How a draft model's weights may be held."""
 
 MATCH_LEAST, MATCH_MOST = 2, 4
 """Tokens that must have stood before for a draft to be made. One is mere chance: common words follow anything."""
@@ -77,6 +82,12 @@ def check_speculation(wanted: str) -> Speculation:
         if wanted == known:
             return wanted  # type: ignore[return-value]
     raise ConfigError(f"speculation {wanted!r} is not known; use {', '.join(get_args(Speculation))}")
+
+
+def check_draft_quantization(wanted: str) -> None:
+    """Raise ConfigError if `wanted` is none of `DRAFT_QUANTIZATIONS`."""
+    if wanted not in DRAFT_QUANTIZATIONS:
+        raise ConfigError(f"draft_quantization {wanted[:20]!r} is none of {', '.join(DRAFT_QUANTIZATIONS)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +217,7 @@ class Drafter(Protocol):
     def is_ready(self, token_ids: Sequence[int]) -> bool:
         """Whether a draft behind `token_ids` can be had now; if not, something may be done so that it can be soon."""
 
-    def draft(self, token_ids: Sequence[int], most: int, chooser: TokenChooser) -> tuple[int, ...]:
+    def draft(self, token_ids: Sequence[int], most: int, chooser: "TokenChooser") -> tuple[int, ...]:
         """Return up to `most` tokens that may come behind `token_ids`, as `chooser` would choose them."""
 
 
@@ -223,7 +234,7 @@ class Speculator:
         self._found: tuple[int, ...] = ()
         self._is_asked = False
 
-    def draft(self, token_ids: Sequence[int], most: int, chooser: TokenChooser) -> tuple[int, ...]:
+    def draft(self, token_ids: Sequence[int], most: int, chooser: "TokenChooser") -> tuple[int, ...]:
         """Return what to send behind the end of `token_ids`, at most so many; mostly nothing without a draft model."""
         most = max(0, min(most, DRAFT_MOST))
         self._found = self._lookup.draft(token_ids, most)

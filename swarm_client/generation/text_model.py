@@ -54,6 +54,7 @@ class DistributedTextModel:
         self._checkpoint = checkpoint
         self._draft_model: DraftModel | None = None
         self._draft_lock = threading.Lock()
+        self._speculation = blocks.swarm.config.speculation
 
     @property
     def stop_token(self) -> str | None:
@@ -98,16 +99,29 @@ class DistributedTextModel:
         """Return an empty session for up to `max_length` tokens; the caches are reserved when it first generates.
 
         With `standby` a second node follows along at each hop, `speculation` guesses tokens ahead; None is what
-        `ClientConfig` says. Raises MaxLengthError if the model cannot hold so many, and ConfigError if there is no
-        draft model that fits.
+        `ClientConfig` says. Raises MaxLengthError if the model cannot hold so many, and ConfigError if a draft model is
+        wanted and there is none that fits.
         """
         if not 1 <= max_length <= self.max_length:
             raise MaxLengthError(0, max_length, self.max_length)
-        chosen = check_speculation(self._blocks.swarm.config.speculation if speculation is None else speculation)
+        chosen = check_speculation(self._speculation if speculation is None else speculation)
         drafter = self.draft_model().session() if chosen == "draft" else None
         speculator = None if chosen == "off" else Speculator(drafter)
         session = self._blocks.session(max_length, standby=standby)
         return DistributedTextSession(self, self._ends, session, self._end_tokens, speculator, drafter)
+
+    def prepare(self) -> None:
+        """Load the draft model, if sessions are to have one; where it does not fit, they do with prompt lookup.
+
+        For whoever opens several models with one configuration. Raises CheckpointError or UnsupportedFamilyError.
+        """
+        if self._speculation != "draft":
+            return
+        try:
+            self.draft_model()
+        except ConfigError as error:
+            logger.warning("tokens are guessed by prompt lookup alone: %s", error)
+            self._speculation = "ngram"
 
     def draft_model(self) -> DraftModel:
         """Return the model that guesses, loaded at the first call. Raises ConfigError if there is none that fits."""

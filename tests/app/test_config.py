@@ -29,7 +29,17 @@ def test_the_environment_fills_every_kind_of_field():
 
 
 @pytest.mark.parametrize(
-    "env", [{"PORT": "x"}, {"PORT": "99999"}, {"UMBEL_PUBLIC_API": "maybe"}, {"UMBEL_WS_MAX": "0"}]
+    "env",
+    [
+        {"PORT": "x"},
+        {"PORT": "99999"},
+        {"UMBEL_PUBLIC_API": "maybe"},
+        {"UMBEL_WS_MAX": "0"},
+        {"UMBEL_SPECULATION": "guess"},
+        {"UMBEL_SPECULATION": "draft"},
+        {"UMBEL_DRAFT_QUANTIZATION": "int2"},
+        {"UMBEL_WIRE_DTYPE": "int3"},
+    ],
 )
 def test_unusable_values_are_refused(env):
     with pytest.raises(ConfigError):

@@ -76,6 +76,8 @@ def test_metrics_tell_of_requests_answers_and_errors(watched: tuple[SiteProcess,
     assert found["umbel_prompt_tokens_total", "chat", "umbel/fake-1b"] > 0
     assert found["umbel_first_token_seconds_count", "umbel/fake-1b"] == 2
     assert found["umbel_answer_tokens_per_second_count", "umbel/fake-1b"] == 2
+    assert found["umbel_guessed_tokens_total", "umbel/fake-1b", "right"] == 6
+    assert found["umbel_guessed_tokens_total", "umbel/fake-1b", "wrong"] == 2
     assert found["umbel_errors_total", "model_not_found"] == 1
     assert found["umbel_site_ready",] == 1
     assert found["process_open_fds",] > 0

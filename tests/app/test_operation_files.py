@@ -27,6 +27,7 @@ def labels_of_metrics() -> dict[str, set[str]]:
     metrics.answer("chat", "m", "stop", 1, 1)
     metrics.speed("m", 1.0, 1.0)
     metrics.rebuilt("m")
+    metrics.guessed("m", 3, 2)
     families = [*metrics.registry.collect(), *SwarmCollector(site.board.report).collect()]
     found = {sample.name: set(sample.labels) for family in families for sample in family.samples}
     return {"umbel_swarm_uptime_ratio": {"model"}, **found}  # which a site without test answers has not

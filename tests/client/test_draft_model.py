@@ -182,7 +182,7 @@ def test_a_draft_model_that_fails_is_done_without(
 def test_what_does_not_fit_is_refused(pair: Pair, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="needs ClientConfig"):
         text_model(pair, None, monkeypatch).open_session(50)
-    with pytest.raises(ConfigError, match="quantization is none, int8, nf4"):
+    with pytest.raises(ConfigError, match="none of none, int8, nf4"):
         load_draft_model(str(folder), "int2", pair.remote.checkpoint)
     other = cast(Checkpoint, SimpleNamespace(name="big", tokenizer=lambda: CountedWords(99)))
     with pytest.raises(ConfigError, match="has other tokens"):
@@ -202,3 +202,18 @@ def test_packed_layers_guess_nearly_as_well(
         text = [first, 17, 31]
         same += packed.session().draft(text, 1, GREEDY) == drafts.session().draft(text, 1, GREEDY)
     assert same >= 20  # of 90 tokens; random ones would be the same in none or one case
+
+
+def test_a_site_whose_draft_model_does_not_fit_looks_up(
+    pair: Pair, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = text_model(pair, str(folder), monkeypatch)
+    other = cast(Checkpoint, SimpleNamespace(name="big", tokenizer=lambda: CountedWords(99)))
+    monkeypatch.setattr(model, "_checkpoint", other)
+    with pytest.raises(ConfigError, match="has other tokens"):
+        model.open_session(50)
+    model.prepare()
+    assert "has other tokens than big" in caplog.text
+    session = model.open_session(50)
+    assert session._drafter is None
+    session.close()
